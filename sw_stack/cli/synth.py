@@ -1,0 +1,27 @@
+"""`kvstrata synth`: device resources per block."""
+
+from typing import Annotated
+
+import typer
+
+
+def command(
+    family: Annotated[str, typer.Option(help="xcup (UltraScale+), xc7 (7-series) or both")] = "both",
+    as_json: Annotated[bool, typer.Option("--json", help="print the table as JSON")] = False,
+) -> None:
+    """Synthesise every block and print LUT, FF, DSP, BRAM, URAM and logic depth."""
+    from dataclasses import asdict
+
+    from hw.blocks import BLOCKS
+    from hw.flow.synth import FAMILIES, resources
+    from sw_stack.cli.output import show_rows, track
+
+    families = list(FAMILIES) if family == "both" else [family]
+    jobs = [
+        (name, block, kind) for name, block in BLOCKS.items() for kind in families if kind in block.families
+    ]
+    rows = []
+    for name, block, kind in track(jobs, "Synthesis"):
+        table = resources(block.make(), name, kind)
+        rows.append({"block": name, "family": FAMILIES[kind], **asdict(table)})
+    show_rows("Resources by block (Yosys)", rows, as_json)

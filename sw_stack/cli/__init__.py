@@ -12,6 +12,7 @@ from golden.spec import KVStrataError
 
 VERBS = (
     "bench",
+    "docs",
     "notebooks",
     "synth",
     "verilog",

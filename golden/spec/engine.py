@@ -22,7 +22,7 @@ SPARSE_STEP = 64
 W8_OFFSET = 128
 """W8 codes are stored plus this, so that every stored field is unsigned; the array subtracts it again."""
 VB_BANKS = 4
-"""The vector buffer is four equal banks, chosen by the top two address bits; each does one read and one write a cycle."""
+"""The vector buffer's equal banks, chosen by the top two address bits; each does one read and one write a cycle."""
 SIDE_BITS = 64
 """Sidecar of a 32-element activation group."""
 
@@ -198,6 +198,17 @@ def _head_steps(head_size: int) -> int:
     return head_size // STEP
 
 
+def crumb(config: EngineConfig, bits: int, step: int, lane: int, position: int, plane: int) -> int:
+    """Bit address, in the code words of a row block's channel, of two bits of a field.
+
+    Codes lie in planes of two bits, so that a field's low bits are at one place in every format: a step of `bits`-bit
+    codes is `bits / 2` planes, plane 0 (the low bits) first, each `lanes_per_channel * 64` bits long; lane l, position k is
+    at bit `(l * 32 + k) * 2` of its plane. Planes follow each other and fill words from the low bits.
+    """
+    plane_bits = config.lanes_per_channel * STEP * 2
+    return (step * bits // 2 + plane) * plane_bits + (lane % config.lanes_per_channel * STEP + position) * 2
+
+
 # --- KV cache: where a slot's bytes are ---------------------------------------------------------------
 @dataclass(frozen=True)
 class KVLayout:
@@ -244,13 +255,15 @@ class KVLayout:
         """Words per channel of the values of one head group."""
         return self.value_blocks * self.value_block_words
 
-    def key_code_position(self, slot: int, element: int) -> tuple[int, int, int]:
-        """(channel, word, bit) of a key's code, word relative to the head's base."""
+    def key_code_position(self, slot: int, element: int, plane: int) -> tuple[int, int, int]:
+        """(channel, word, bit) of bits [2 * plane, 2 * plane + 1] of a key's code, word relative to the head's base.
+
+        The 32 elements of a step and plane are 8 contiguous bytes.
+        """
         lane = slot % self.config.lanes
-        per_channel = self.config.lanes_per_channel
-        bit = ((element // STEP * per_channel + lane % per_channel) * STEP + element % STEP) * self.bits
+        bit = crumb(self.config, self.bits, element // STEP, lane, element % STEP, plane)
         word = slot // self.config.lanes * self.key_block_words + 1 + bit // WORD_BITS
-        return lane // per_channel, word, bit % WORD_BITS
+        return lane // self.config.lanes_per_channel, word, bit % WORD_BITS
 
     def key_scale_position(self, slot: int) -> tuple[int, int, int]:
         """(channel, word, bit) of a key's 32-bit record: scale in the low half, minimum in the high half."""
@@ -258,16 +271,12 @@ class KVLayout:
         per_channel = self.config.lanes_per_channel
         return lane // per_channel, slot // self.config.lanes * self.key_block_words, lane % per_channel * 32
 
-    def value_code_position(self, slot: int, row: int) -> tuple[int, int, int]:
-        """(channel, word, bit) of a value's code, word relative to the head group's base."""
+    def value_code_position(self, slot: int, row: int, plane: int) -> tuple[int, int, int]:
+        """(channel, word, bit) of bits [2 * plane, 2 * plane + 1] of a value's code, word relative to the group's base."""
         lane = row % self.config.lanes
-        per_channel = self.config.lanes_per_channel
-        bits = per_channel * STEP * self.bits
-        bit = slot // STEP * bits + (lane % per_channel * STEP + slot % STEP) * self.bits
-        if bits < WORD_BITS and WORD_BITS % bits:
-            raise KVStrataError(f"a tile of {bits} bits must divide a word of {WORD_BITS}")
+        bit = crumb(self.config, self.bits, slot // STEP, lane, slot % STEP, plane)
         word = row // self.config.lanes * self.value_block_words + bit // WORD_BITS
-        return lane // per_channel, word, bit % WORD_BITS
+        return lane // self.config.lanes_per_channel, word, bit % WORD_BITS
 
 
 # --- instructions -----------------------------------------------------------------------------------

@@ -112,7 +112,7 @@ class VectorOp(data.Struct):
 
 
 def kv_record(config: EngineConfig):
-    """A beat of a quantised K or V vector: `vector_lanes` codes; scale and minimum hold for every beat of the vector."""
+    """A beat of a quantised K or V vector: `vector_lanes` codes; every beat carries the vector's scale and minimum."""
     return data.StructLayout(
         {
             "codes": data.ArrayLayout(unsigned(8), config.vector_lanes),
@@ -149,7 +149,12 @@ class DmaOp(data.Struct):
 
 
 class AppendOp(data.Struct):
-    """Write `count` K or V vectors of the `kv_record` stream to slots addr, addr + 1, ... (golden.spec.engine.KVLayout)."""
+    """Write `count` K or V vectors of the `kv_record` stream to slots addr, addr + 1, ...
+
+    `base` and `scale_base` and the positions are those of golden.spec.engine.KVLayout: `base` is a channel word,
+    `block_words` its `value_block_words`, `row` the first row of the head in its block (values), `scale_base` the auxiliary
+    byte address of slot 0's V scale record.
+    """
 
     values: 1
     addr: 16
@@ -163,5 +168,8 @@ class AppendOp(data.Struct):
 
 
 def unit_port(op):
-    """A unit's command port: `op` stream in; `done` pulses once per finished op, in order; `error` is sticky, see Error."""
+    """A unit's command port, seen from the controller.
+
+    `done` pulses once per finished op, in order; `error` is sticky (golden.spec.engine.Error).
+    """
     return wiring.Signature({"op": Out(stream.Signature(op)), "done": In(1), "error": In(4)})

@@ -4,6 +4,7 @@ docs/formats-storage.md explains the arithmetic. Letters: dh head size, S cached
 KV head, m channels per channel-indexed page, r channels and k tokens that SparF selects.
 
 Records are plain field lists, lowest bits first; the hardware builds its layouts from them, the firmware packs them.
+What the host sees (NVMe opcodes, logical addresses) is golden.spec.nvme; the firmware turns it into these records.
 """
 
 from __future__ import annotations
@@ -177,21 +178,10 @@ TOPK_SCORE = Record("topk_score", (("index", TOKEN_BITS), ("key", 32), ("forced"
 """One candidate of argtopk. `key`: signed; `forced`: selected whatever its key (local window)."""
 
 
-class Opcode(IntEnum):
-    """NVMe vendor-specific I/O opcodes of the control plane; data moves by plain read and write."""
-
-    CONFIG = 0xC1
-    ATTEND = 0xC2
-    APPEND = 0xC3
-    RECLAIM = 0xC4
-    ABORT = 0xC5
-
-
 class Status(IntEnum):
     """Completion codes."""
 
     OK = 0
-    BAD_OPCODE = 1
     NOT_CONFIGURED = 2
     BUSY = 3
     BAD_FIELD = 4
@@ -208,9 +198,6 @@ class Mode(IntEnum):
     DENSE = 0
     SPARF = 1
 
-
-LOGICAL_ADDRESS = Record("logical_address", (("group", 13), ("head", 6), ("layer", 6), ("batch", 7)))
-"""DWord10 of a data-plane read or write: 32 bits, one 16-token group of one KV head of one layer of one sequence."""
 
 CONFIG = Record(
     "config",

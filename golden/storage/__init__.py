@@ -1,0 +1,1 @@
+"""Exact models of the in-storage attention unit (docs/formats-storage.md)."""

@@ -1,0 +1,175 @@
+"""The decoder in the engine's integer arithmetic, bit for bit what the RTL computes (docs/formats.md).
+
+Weights are legal QuantisedWeights, so each matrix product is exact in float64 whatever the order of BLAS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from golden import attention, ops
+from golden.decoder import Decoder
+from golden.formats.weights import QuantisedWeight, fitting_group, quantise_weight
+from golden.loaders.checkpoint import LINEARS, Checkpoint
+from golden.ops import KVCodes
+from golden.spec.formats import ATTN_TILE, KV_FORMATS, VEC_FRAC, W8, WEIGHT_FORMATS, KVFormat, WeightFormat
+
+
+def engine_weight(checkpoint: Checkpoint, name: str, fmt: WeightFormat) -> QuantisedWeight:
+    """A tensor in an engine format: the file's own codes where they are of that format, else rounded to nearest."""
+    stored = checkpoint.tensor(name)
+    if isinstance(stored, QuantisedWeight):
+        if stored.format == fmt:
+            return stored
+        stored = stored.dequantise()
+    return quantise_weight(stored, fitting_group(fmt, stored.shape[1]))
+
+
+def engine_weights(checkpoint: Checkpoint, fmt: WeightFormat) -> dict[str, QuantisedWeight]:
+    """Every matrix of a checkpoint: linears of the layers in `fmt`, embedding and head in w8."""
+    names = [f"layers.{i}.{name}" for i in range(checkpoint.config.layers) for name in LINEARS]
+    found = {name: engine_weight(checkpoint, name, fmt) for name in names}
+    return found | {name: engine_weight(checkpoint, name, W8) for name in {"embed", checkpoint.head_name}}
+
+
+class SlotBuffer:
+    """K or V of one layer: codes float32 [Hkv, capacity, dh] (exact small integers), fp16 scale and minimum."""
+
+    def __init__(self, kv_heads: int, head_size: int) -> None:
+        self._store = self._empty(kv_heads, 0, head_size)
+
+    @staticmethod
+    def _empty(kv_heads: int, slots: int, head_size: int) -> KVCodes:
+        scalars = (torch.zeros(kv_heads, slots, dtype=torch.float64) for _ in range(2))
+        return KVCodes(torch.zeros(kv_heads, slots, head_size), *scalars)
+
+    def write(self, start: int, kv: KVCodes) -> None:
+        """Store tokens [Hkv, T, ...] from slot `start`, growing by doubling."""
+        end = start + kv.codes.shape[1]
+        heads, capacity, dh = self._store.codes.shape
+        if end > capacity:
+            grown = self._empty(heads, -(-max(end, 2 * capacity) // ATTN_TILE) * ATTN_TILE, dh)
+            for new, old in zip(grown, self._store):
+                new[:, :capacity] = old
+            self._store = grown
+        for whole, part in zip(self._store, kv):
+            whole[:, start:end] = part
+
+    def view(self, slots: int) -> KVCodes:
+        """The first `slots` slots."""
+        return KVCodes(*(field[:, :slots] for field in self._store))
+
+
+class ExactCache:
+    """Quantised K and V of one sequence, a slot per token."""
+
+    def __init__(self, layers: int, kv_heads: int, head_size: int) -> None:
+        self.length = 0
+        self.k = [SlotBuffer(kv_heads, head_size) for _ in range(layers)]
+        self.v = [SlotBuffer(kv_heads, head_size) for _ in range(layers)]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A matrix ready for exact products: integers float64 [N, K] in units of 2**-24, and where they came from."""
+
+    integers: Tensor
+    weight: QuantisedWeight
+
+
+class ExactDecoder(Decoder):
+    """Llama in integers.
+
+    Parameters: a checkpoint, the weight format of the layers (`w8`, `w4`, `w2`, `w2s24`) or ready-made
+    QuantisedWeights by name, and the KV format (`kv4`, `kv8`). Vectors are q16 int64 [T, n].
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        weights: str | dict[str, QuantisedWeight] = "w4",
+        kv: str = "kv4",
+    ) -> None:
+        super().__init__(checkpoint.config)
+        chosen = engine_weights(checkpoint, WEIGHT_FORMATS[weights]) if isinstance(weights, str) else weights
+        self.kv_format: KVFormat = KV_FORMATS[kv]
+        self.matrices = {name: Prepared(w.integers(), w) for name, w in chosen.items()}
+        self._head_name = checkpoint.head_name
+        c = self.config
+        self.norms = {f"layers.{i}.{n}_norm": self._norm(checkpoint, f"layers.{i}.{n}_norm")
+                      for i in range(c.layers) for n in ("attn", "ffn")}  # fmt: skip
+        self.norms["norm"] = self._norm(checkpoint, "norm")
+
+    @staticmethod
+    def _norm(checkpoint: Checkpoint, name: str) -> ops.NormWeight:
+        return ops.prepare_norm(checkpoint.float32(name), checkpoint.config.norm_eps)
+
+    def new_cache(self) -> ExactCache:
+        """An empty cache."""
+        return ExactCache(self.config.layers, self.config.kv_heads, self.config.head_size)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """q16 rows of the w8 embedding."""
+        weight = self.matrices["embed"].weight
+        scale = weight.scale[tokens].repeat_interleave(weight.format.group, 1)
+        return ops.embedding_row(weight.codes[tokens].long(), scale)
+
+    def norm(self, layer: int, name: str, x: Tensor) -> Tensor:
+        """Section 5."""
+        weight = self.norms["norm" if name == "final" else f"layers.{layer}.{name}_norm"]
+        y = ops.rmsnorm(x, weight)
+        self._observe(layer, f"norm.{name}", x=x, weight=weight, y=y)
+        return y
+
+    def linear(self, layer: int, names: Sequence[str], x: Tensor) -> list[Tensor]:
+        """Sections 2 and 4."""
+        a8 = ops.quantise_a8(x)
+        return [self._product(layer, name, x, a8) for name in names]
+
+    def _product(self, layer: int, name: str, x: Tensor, a8: ops.A8) -> Tensor:
+        matrix = self.matrices[self._head_name if name == "head" else f"layers.{layer}.{name}"]
+        acc = ops.accumulate(a8.codes, matrix.integers)
+        y = ops.scale_accumulator(acc, a8.mantissa, a8.exponent)
+        self._observe(layer, f"linear.{name}", x=x, a8=a8, weight=matrix.weight, acc=acc, y=y)
+        return y
+
+    def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, cache: ExactCache) -> Tensor:
+        """Sections 6, 7 and 8, causal and dense."""
+        c, start, steps = self.config, cache.length, q.shape[0]
+        positions = torch.arange(start, start + steps)
+        cos, sin = ops.rope_table(positions, c.head_size, c.rope_base)
+        heads = {"q": q, "k": k, "v": v}
+        heads = {n: x.view(steps, -1, c.head_size).transpose(0, 1) for n, x in heads.items()}
+        turned = {n: ops.rope(heads[n], cos, sin) for n in ("q", "k")}
+        for n in ("q", "k"):
+            self._observe(layer, f"rope.{n}", x=heads[n], cos=cos, sin=sin, y=turned[n])
+        new_k = ops.quantise_kv(turned["k"], self.kv_format.bits)
+        new_v = ops.quantise_kv(heads["v"], self.kv_format.bits)
+        self._observe(layer, "kv", x_k=turned["k"], x_v=heads["v"], k=new_k, v=new_v)
+        cache.k[layer].write(start, new_k)
+        cache.v[layer].write(start, new_v)
+        all_k, all_v = cache.k[layer].view(start + steps), cache.v[layer].view(start + steps)
+        live = torch.arange(start + steps)[None, :] <= positions[:, None]
+        y = attention.attend(turned["q"], all_k, all_v, live)
+        self._observe(layer, "attention", q=turned["q"], k=all_k, v=all_v, live=live, y=y)
+        return y.transpose(0, 1).reshape(steps, -1)
+
+    def gate(self, layer: int, gate: Tensor, up: Tensor) -> Tensor:
+        """Section 9."""
+        y = ops.gate_product(gate, up)
+        self._observe(layer, "gate", gate=gate, up=up, y=y)
+        return y
+
+    def add(self, layer: int, name: str, x: Tensor, y: Tensor) -> Tensor:
+        """Section 10."""
+        total = ops.residual(x, y)
+        self._observe(layer, f"residual.{name}", x=x, y=y, sum=total)
+        return total
+
+    def real_logits(self, logits: Tensor) -> Tensor:
+        """Q16 as float64."""
+        return logits.double() / (1 << VEC_FRAC)

@@ -1,0 +1,1 @@
+"""Exact top-k selection over a stream of scores."""

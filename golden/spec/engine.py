@@ -202,7 +202,7 @@ def crumb(config: EngineConfig, bits: int, step: int, lane: int, position: int, 
     """Bit address, in the code words of a row block's channel, of two bits of a field.
 
     Codes lie in planes of two bits, so that a field's low bits are at one place in every format: a step of `bits`-bit
-    codes is `bits / 2` planes, plane 0 (the low bits) first, each `lanes_per_channel * 64` bits long; lane l, position k is
+    codes is `bits / 2` planes, plane 0 (the low bits) first, of `lanes_per_channel * 64` bits; lane l, position k is
     at bit `(l * 32 + k) * 2` of its plane. Planes follow each other and fill words from the low bits.
     """
     plane_bits = config.lanes_per_channel * STEP * 2
@@ -272,7 +272,7 @@ class KVLayout:
         return lane // per_channel, slot // self.config.lanes * self.key_block_words, lane % per_channel * 32
 
     def value_code_position(self, slot: int, row: int, plane: int) -> tuple[int, int, int]:
-        """(channel, word, bit) of bits [2 * plane, 2 * plane + 1] of a value's code, word relative to the group's base."""
+        """(channel, word, bit) of bits [2 * plane, 2 * plane + 1] of a value, word relative to the group's base."""
         lane = row % self.config.lanes
         bit = crumb(self.config, self.bits, slot // STEP, lane, slot % STEP, plane)
         word = row // self.config.lanes * self.value_block_words + bit // WORD_BITS

@@ -152,7 +152,7 @@ class AppendOp(data.Struct):
     """Write `count` K or V vectors of the `kv_record` stream to slots addr, addr + 1, ...
 
     `base` and `scale_base` and the positions are those of golden.spec.engine.KVLayout: `base` is a channel word,
-    `block_words` its `value_block_words`, `row` the first row of the head in its block (values), `scale_base` the auxiliary
+    `block_words` its `value_block_words`, `row` the head's first row in its block (values), `scale_base` the auxiliary
     byte address of slot 0's V scale record.
     """
 
@@ -173,3 +173,28 @@ def unit_port(op):
     `done` pulses once per finished op, in order; `error` is sticky (golden.spec.engine.Error).
     """
     return wiring.Signature({"op": Out(stream.Signature(op)), "done": In(1), "error": In(4)})
+
+
+class MatrixOp(data.Struct):
+    """A decoded matrix instruction; fields as in golden.spec.engine.FIELDS, registers already added.
+
+    `blocks` row blocks of `steps` steps. The controller swaps `count` and `steps` when `values` is set.
+    """
+
+    codes: 2
+    scaled: 1
+    minimum: 1
+    offset: 1
+    values: 1
+    accumulate: 1
+    group_steps: 4
+    blocks: 16
+    steps: 16
+    vectors: 5
+    addr: 16
+    stride: 12
+    table: 8
+    dst: 20
+    dst_stride: 16
+    vec_group: 5
+    vec_rows: 9

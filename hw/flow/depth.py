@@ -19,6 +19,7 @@ _LEVELS = {
 }
 _UNREGISTERED_DSP_LEVELS = 5  # about 2.5 ns through multiplier and adder, at 0.5 ns for a LUT and its routing
 _CHAIN_PORTS = {"CI", "CIN"}
+_CLOCKED_RAM_PORTS = ("DI", "D0", "D1", "WE", "WCLK")  # written at the edge; a read address is a path
 
 
 def logic_levels(netlist: Path, top: str) -> int:
@@ -37,6 +38,8 @@ def logic_levels(netlist: Path, top: str) -> int:
     sources: dict[str, set[tuple[str, bool]]] = defaultdict(set)
     for name in weight:
         for port, bits in _ports(cells[name], "input"):
+            if cells[name]["type"].startswith("RAM") and (port == "D" or port.startswith(_CLOCKED_RAM_PORTS)):
+                continue
             sources[name] |= {(driver[bit], port in _CHAIN_PORTS) for bit in bits if bit in driver}
     arrival: dict[str, int] = {}
     for name in TopologicalSorter({name: {s for s, _ in sources[name]} for name in weight}).static_order():

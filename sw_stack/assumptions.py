@@ -13,7 +13,8 @@ from golden.spec import KVStrataError
 
 HEADER = """# Assumptions
 
-Where a paper or a data sheet is silent, the choice is ours and is listed here. Generated from docs/assumptions.d/ by `make docs`.
+Where a paper or a data sheet is silent, the choice is ours and is listed here.
+Generated from docs/assumptions.d/ by `make docs`.
 """
 
 

@@ -13,6 +13,7 @@ from golden.spec import KVStrataError
 VERBS = (
     "bench",
     "docs",
+    "generate",
     "notebooks",
     "synth",
     "verilog",

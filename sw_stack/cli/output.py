@@ -9,17 +9,18 @@ from rich.progress import track as rich_track
 from rich.table import Table
 
 T = TypeVar("T")
-_err = Console(stderr=True)
+console = Console(stderr=True)
+"""Progress and notes go to standard error, so that standard output stays parseable."""
 
 
 def note(text: str) -> None:
-    """A line of progress on standard error, so that standard output stays parseable."""
-    _err.print(text, highlight=False)
+    """A line of progress."""
+    console.print(text, highlight=False)
 
 
 def track(items: Iterable[T], description: str) -> Iterable[T]:
     """Iterate with a progress bar on standard error."""
-    return rich_track(list(items), description=description, console=_err)
+    return rich_track(list(items), description=description, console=console)
 
 
 def show_json(value: Any) -> None:

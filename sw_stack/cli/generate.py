@@ -1,0 +1,48 @@
+"""`kvstrata generate`: text from the real model at a level of the golden model."""
+
+from typing import Annotated
+
+import typer
+
+
+def command(
+    prompt: Annotated[str, typer.Option(help="what to ask")],
+    tokens: Annotated[int, typer.Option(min=1, help="tokens to write at most")] = 32,
+    level: Annotated[str, typer.Option(help="float, or exact: the engine's integer arithmetic")] = "exact",
+    weights: Annotated[str, typer.Option(help="weight format of the exact level: w8, w4, w2, w2s24")] = "w4",
+    kv: Annotated[str, typer.Option(help="KV cache format of the exact level: kv4, kv8")] = "kv4",
+    model: Annotated[
+        str | None, typer.Option(help="GGUF file or checkpoint folder; SmolLM2-135M if none")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
+) -> None:
+    """Answer a prompt greedily and print the text with its speed."""
+    import time
+
+    from golden.llama import build, generate, load_model
+    from golden.spec import KVStrataError
+    from sw_stack.cli.output import console, note, show_json
+
+    if not prompt.strip():
+        raise KVStrataError("a prompt has at least one character that is not a space, and this one has none")
+    checkpoint = load_model(model)
+    if checkpoint.tokenizer is None:
+        raise KVStrataError(f"generating text needs a tokenizer, and {model} holds none")
+    decoder = build(checkpoint, level, weights, kv)
+    ids = checkpoint.tokenizer.encode(checkpoint.tokenizer.chat(prompt))
+    start = time.perf_counter()
+    with console.status("thinking") as status:
+        seen: list[int] = []
+
+        def show(token: int) -> None:
+            seen.append(token)
+            status.update(f"{len(seen)}/{tokens} tokens")
+
+        answer = generate(decoder, ids, tokens, checkpoint=checkpoint, on_token=show)
+    seconds = time.perf_counter() - start
+    if as_json:
+        facts = {"prompt": prompt, "level": level, "text": answer.text, "tokens": answer.tokens}
+        show_json({**facts, "seconds": round(seconds, 3)})
+        return
+    typer.echo(answer.text)
+    note(f"{len(answer.tokens)} tokens in {seconds:.1f} s at level {level}")

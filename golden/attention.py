@@ -64,7 +64,7 @@ def scores(q: A8, k: KVCodes, scale: ScoreScale) -> Tensor:
 
 
 def attend_partial(z: Tensor, live: Tensor, v: KVCodes) -> Partial:
-    """Partial [Hkv, G, T] of scores z [Hkv, G, T, S], live [T, S] (or [1, S]) and v [Hkv, S, dh].
+    """Partial [Hkv, G, T] of scores z [Hkv, G, T, S], live [T, S] and v [Hkv, S, dh] (or [Hkv, T, S, dh]).
 
     S must be a multiple of the tile (pad with dead slots). All tiles are evaluated at once: the running
     maximum is a prefix maximum, and only the two truncating shifts need the tiles in order.
@@ -92,15 +92,16 @@ def attend_partial(z: Tensor, live: Tensor, v: KVCodes) -> Partial:
 
 def _tile_outputs(p: Tensor, v: KVCodes, tiles: int) -> Tensor:
     """What each tile adds to o: [Hkv, G, T, tiles, dh] of p [Hkv, G, T, tiles, 32]."""
-    hkv = p.shape[0]
-    shape = (hkv, 1, 1, tiles, ATTN_TILE)
-    w = p * int24(v.scale).view(shape)
+    own = v.codes.ndim == 4  # each query has its own order of slots
+    scalars = (x.unflatten(-1, (tiles, ATTN_TILE)) for x in (int24(v.scale), int24(v.minimum)))
+    scale, minimum = (x[:, None] if own else x[:, None, None] for x in scalars)
+    w = p * scale
     sh = (bitlen(w.amax(-1)) - P_CODE_BITS).clamp(min=P_FRAC)
     w8 = rnd_shift(w, sh[..., None]).clamp(max=127)
     # float32 is exact: 32 * 127 * 255 < 2**24.
-    codes = v.codes.float().view(hkv, tiles, ATTN_TILE, -1)
-    sums = torch.einsum("hgtis,hisd->hgtid", w8.float(), codes).long()
-    minima = rnd_shift((p * int24(v.minimum).view(shape)).sum(-1), P_FRAC)
+    codes = v.codes.float().unflatten(-2, (tiles, ATTN_TILE))
+    sums = torch.einsum("hgtis,htisd->hgtid" if own else "hgtis,hisd->hgtid", w8.float(), codes).long()
+    minima = rnd_shift((p * minimum).sum(-1), P_FRAC)
     return (sums << (sh - P_FRAC)[..., None]) + minima[..., None]
 
 
@@ -130,17 +131,24 @@ def pad_slots(kv: KVCodes, slots: int) -> KVCodes:
     return KVCodes(pad(kv.codes, (0, 0, 0, extra)), pad(kv.scale, (0, extra)), pad(kv.minimum, (0, extra)))
 
 
-def attend(q: Tensor, k: KVCodes, v: KVCodes, live: Tensor) -> Tensor:
-    """Outputs [Hq, T, dh] in q16 of q [Hq, T, dh] (q16, rotated), k and v [Hkv, S, dh], live [T, S].
+def padded(live: Tensor) -> Tensor:
+    """Live flags [T, S] with dead slots appended up to a whole tile."""
+    return torch.nn.functional.pad(live, (0, -live.shape[-1] % ATTN_TILE))
+
+
+def group_heads(q: Tensor, kv_heads: int) -> A8:
+    """A8 of q [Hq, T, dh] (q16, rotated) as [Hkv, G, T, dh].
 
     Raises KVStrataError if the query heads are not a multiple of the KV heads.
     """
-    hq, t, dh = q.shape
-    hkv = k.codes.shape[0]
-    if hq % hkv:
-        raise KVStrataError(f"query heads must be a multiple of KV heads, got {hq} and {hkv}.")
-    slots = -(-live.shape[-1] // ATTN_TILE) * ATTN_TILE
-    live = torch.nn.functional.pad(live, (0, slots - live.shape[-1]))
-    a8 = ops.quantise_a8(q.view(hkv, hq // hkv, t, dh))
-    z = scores(a8, pad_slots(k, slots), ScoreScale.of(dh))
-    return finish(attend_partial(z, live, pad_slots(v, slots))).reshape(hq, t, dh)
+    if q.shape[0] % kv_heads:
+        raise KVStrataError(f"query heads must be a multiple of KV heads, got {q.shape[0]} and {kv_heads}.")
+    return ops.quantise_a8(q.unflatten(0, (kv_heads, -1)))
+
+
+def attend(q: Tensor, k: KVCodes, v: KVCodes, live: Tensor) -> Tensor:
+    """Outputs [Hq, T, dh] in q16 of q [Hq, T, dh] (q16, rotated), k and v [Hkv, S, dh], live [T, S]."""
+    live = padded(live)
+    a8 = group_heads(q, k.codes.shape[0])
+    z = scores(a8, pad_slots(k, live.shape[-1]), ScoreScale.of(q.shape[-1]))
+    return finish(attend_partial(z, live, pad_slots(v, live.shape[-1]))).flatten(0, 1)

@@ -14,6 +14,7 @@ from torch import Tensor
 from golden import attention, ops
 from golden.decoder import Decoder
 from golden.formats.weights import QuantisedWeight, fitting_group, quantise_weight
+from golden.lambda_window import LambdaWindow, attend_lambda
 from golden.loaders.checkpoint import LINEARS, Checkpoint
 from golden.ops import KVCodes
 from golden.spec.formats import ATTN_TILE, KV_FORMATS, VEC_FRAC, W8, WEIGHT_FORMATS, KVFormat, WeightFormat
@@ -70,6 +71,7 @@ class ExactCache:
     def __init__(self, layers: int, kv_heads: int, head_size: int) -> None:
         self.length = 0
         self.k = [SlotBuffer(kv_heads, head_size) for _ in range(layers)]
+        self.sink_k = [SlotBuffer(kv_heads, head_size) for _ in range(layers)]
         self.v = [SlotBuffer(kv_heads, head_size) for _ in range(layers)]
 
 
@@ -85,7 +87,8 @@ class ExactDecoder(Decoder):
     """Llama in integers.
 
     Parameters: a checkpoint, the weight format of the layers (`w8`, `w4`, `w2`, `w2s24`) or ready-made
-    QuantisedWeights by name, and the KV format (`kv4`, `kv8`). Vectors are q16 int64 [T, n].
+    QuantisedWeights by name, the KV format (`kv4`, `kv8`), and a Lambda window (None: dense attention).
+    Vectors are q16 int64 [T, n].
     """
 
     def __init__(
@@ -93,8 +96,10 @@ class ExactDecoder(Decoder):
         checkpoint: Checkpoint,
         weights: str | dict[str, QuantisedWeight] = "w4",
         kv: str = "kv4",
+        window: LambdaWindow | None = None,
     ) -> None:
         super().__init__(checkpoint.config)
+        self.window = window
         chosen = engine_weights(checkpoint, WEIGHT_FORMATS[weights]) if isinstance(weights, str) else weights
         self.kv_format: KVFormat = KV_FORMATS[kv]
         self.matrices = {name: Prepared(w.integers(), w) for name, w in chosen.items()}
@@ -138,7 +143,7 @@ class ExactDecoder(Decoder):
         return y
 
     def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, cache: ExactCache) -> Tensor:
-        """Sections 6, 7 and 8, causal and dense."""
+        """Sections 6, 7 and 8, causal; dense or by the Lambda window."""
         c, start, steps = self.config, cache.length, q.shape[0]
         positions = torch.arange(start, start + steps)
         cos, sin = ops.rope_table(positions, c.head_size, c.rope_base)
@@ -153,10 +158,31 @@ class ExactDecoder(Decoder):
         cache.k[layer].write(start, new_k)
         cache.v[layer].write(start, new_v)
         all_k, all_v = cache.k[layer].view(start + steps), cache.v[layer].view(start + steps)
-        live = torch.arange(start + steps)[None, :] <= positions[:, None]
-        y = attention.attend(turned["q"], all_k, all_v, live)
-        self._observe(layer, "attention", q=turned["q"], k=all_k, v=all_v, live=live, y=y)
+        if self.window is None:
+            live = torch.arange(start + steps)[None, :] <= positions[:, None]
+            y = attention.attend(turned["q"], all_k, all_v, live)
+            self._observe(layer, "attention", q=turned["q"], k=all_k, v=all_v, live=live, y=y)
+        else:
+            y = self._lambda_attention(layer, heads, turned["q"], positions, cache)
         return y.transpose(0, 1).reshape(steps, -1)
+
+    def _lambda_attention(
+        self, layer: int, heads: dict[str, Tensor], q: Tensor, positions: Tensor, cache: ExactCache
+    ) -> Tensor:
+        c, window = self.config, self.window
+        assert window is not None
+        first, end = int(positions[0]), int(positions[-1]) + 1
+        new_sinks = max(0, min(window.sinks, end) - first)
+        if new_sinks:
+            cache.sink_k[layer].write(first, ops.quantise_kv(heads["k"][:, :new_sinks], self.kv_format.bits))
+        q_limit = ops.rope(
+            heads["q"], *ops.rope_table(torch.tensor([window.limit]), c.head_size, c.rope_base)
+        )
+        k, v = cache.k[layer].view(end), cache.v[layer].view(end)
+        sink_k = cache.sink_k[layer].view(min(window.sinks, end))
+        y = attend_lambda(q, q_limit, k, v, sink_k, positions, window)
+        self._observe(layer, "attention", q=q, q_limit=q_limit, k=k, v=v, sink_k=sink_k, window=window, y=y)
+        return y
 
     def gate(self, layer: int, gate: Tensor, up: Tensor) -> Tensor:
         """Section 9."""

@@ -16,6 +16,7 @@ from golden.spec import KVStrataError
 from golden.spec.formats import A8_MAX, FP16_FRAC, WeightFormat
 
 GROUPS = (32, 64, 128)
+SPARSE24_GROUPS = (64, 128)
 ROW_LIMIT = (1 << 47) / (A8_MAX * (1 << FP16_FRAC))
 """A row's sum of |weight| stays below this, so that no order of accumulation overflows 48 bits."""
 
@@ -76,17 +77,24 @@ class QuantisedWeight:
         row = int(sums.argmax())
         if sums[row] >= ROW_LIMIT:
             raise KVStrataError(
-                f"the sum of |weight| of a row must stay below {ROW_LIMIT:.0f}, got {sums[row].item():.1f} in row {row}."
+                f"a row's sum of |weight| must stay below {ROW_LIMIT:.0f}, got {sums[row].item():.1f} in row {row}."
             )
         return self
+
+
+def legal_groups(fmt: WeightFormat) -> tuple[int, ...]:
+    """Group sizes that the engine scales: it steps through 64 original weights of a 2:4 matrix."""
+    return SPARSE24_GROUPS if fmt.sparse24 else GROUPS
 
 
 def check_matrix(weight: Tensor, fmt: WeightFormat) -> None:
     """Refuse what cannot be quantised: not a matrix, not finite, a width that does not divide."""
     if weight.ndim != 2:
         raise KVStrataError(f"a weight must be a matrix [N, K], got shape {tuple(weight.shape)}.")
-    if fmt.group not in GROUPS:
-        raise KVStrataError(f"the group size must be one of {GROUPS}, got {fmt.group}.")
+    if fmt.group not in legal_groups(fmt):
+        raise KVStrataError(
+            f"the group size of {fmt.name} must be one of {legal_groups(fmt)}, got {fmt.group}."
+        )
     if weight.shape[1] % fmt.group:
         raise KVStrataError(
             f"the inner dimension must divide by the group size {fmt.group} of {fmt.name}, got {weight.shape[1]}."
@@ -102,10 +110,10 @@ def with_group(fmt: WeightFormat, group: int) -> WeightFormat:
 
 def fitting_group(fmt: WeightFormat, k: int) -> WeightFormat:
     """The format with its default group, or the largest legal one that divides K."""
-    for group in (fmt.group, *sorted(GROUPS, reverse=True)):
+    for group in (fmt.group, *sorted(legal_groups(fmt), reverse=True)):
         if group <= fmt.group and k % group == 0:
             return with_group(fmt, group)
-    raise KVStrataError(f"the inner dimension must divide by a group size of {GROUPS}, got {k}.")
+    raise KVStrataError(f"the inner dimension must divide by a group of {legal_groups(fmt)}, got {k}.")
 
 
 def scales_asymmetric(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:

@@ -65,7 +65,7 @@ def tokenizer_from_gguf(metadata: dict[str, Any], source: str) -> ChatTokenizer:
     tokenizer = Tokenizer(BPE({t: i for i, t in enumerate(tokens)}, merges))
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     # The "smollm" pre-tokenizer splits every digit off before the GPT-2 pattern.
-    steps = [byte_level]
+    steps: list[pre_tokenizers.PreTokenizer] = [byte_level]
     if metadata.get("tokenizer.ggml.pre") == "smollm":
         steps = [pre_tokenizers.Digits(individual_digits=True), byte_level]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)

@@ -1,0 +1,311 @@
+"""What exists once per vector: scales, reciprocals, roots and fp16 records, by one sequential unit.
+
+The unit takes the extremes or the sum of squares of a vector and returns what the lanes multiply by and shift by in
+the next pass. One divider and one square root serve every kind; sections are those of docs/formats.md.
+"""
+
+from amaranth import Cat, Const, Module, Mux, Signal, signed, unsigned
+from amaranth.lib import data, enum, stream, wiring
+from amaranth.lib.wiring import In, Out
+
+from golden.spec import formats
+from hw.engine.interfaces import OutputScale
+from hw.engine.sfu.lanes import N1_BIAS, OFFSET_BITS
+from hw.lib import arith
+
+SUM_BITS = 47
+"""Sum of squares of up to 2**16 elements of at most 2**15."""
+ENERGY_BITS = 49
+"""Sum of squares plus epsilon."""
+EPSILON_BITS = 48
+RECIP_BITS = 16
+"""Every reciprocal of the formats page is a 31-bit numerator over a 16-bit divisor, normalised: 16 quotient bits."""
+RECIP_ONE = (1 << 31) - 1
+VECTOR_INDEX = unsigned(8)
+
+
+class ScalarKind(enum.Enum, shape=2):
+    """What to compute of a vector."""
+
+    A8 = 0
+    SQUARE_SHIFT = 1
+    NORM = 2
+    KV = 3
+
+
+class ScalarRequest(data.Struct):
+    """Reduced values of vector `v` and the constants of its operation.
+
+    `least`, `most`: extremes in Q16 (all kinds but NORM). `total`: sum of shifted squares, `shift`: their shift s,
+    `epsilon`: En (NORM). `factor`, `exponent`: 0, or C and e_C of attention queries (A8). `wide`: 8-bit KV codes.
+    """
+
+    kind: ScalarKind
+    v: VECTOR_INDEX
+    least: signed(formats.VEC_BITS)
+    most: signed(formats.VEC_BITS)
+    total: unsigned(SUM_BITS)
+    shift: unsigned(5)
+    epsilon: unsigned(EPSILON_BITS)
+    factor: unsigned(16)
+    exponent: unsigned(6)
+    wide: unsigned(1)
+
+
+class LaneScalars(data.Struct):
+    """What the lanes need for a vector: see `LaneControl`; `scale` and `minimum` are the fp16 record of KV."""
+
+    m1: unsigned(17)
+    n1: unsigned(6)
+    m0: signed(OFFSET_BITS)
+    scale: unsigned(16)
+    minimum: unsigned(16)
+
+
+class ScalarResult(data.Struct):
+    """`lanes` for vector `v`; `output` is its entry of the output scale table (A8)."""
+
+    kind: ScalarKind
+    v: VECTOR_INDEX
+    lanes: LaneScalars
+    output: OutputScale
+
+
+class Fp16Rounder(wiring.Component):
+    """Magnitude `x * 2**-w` to binary16, to nearest with ties to even; `latency` cycles, no handshake.
+
+    `floor_shift` is `w - 24`, what is cut off a subnormal; at least -8. `half`: the bits without sign. `m`, `q`: the
+    rounded value is `m * 2**(q - 8 - w)`, `m` at most 2048. Values from 65520 are not for this unit: a record of the
+    KV cache stays below 513.
+    """
+
+    BITS = 44
+    LIFT = 8
+    """A minimum has 16 fraction bits, a subnormal 24."""
+    latency = 3
+
+    def __init__(self):
+        super().__init__(
+            {
+                "x": In(unsigned(self.BITS)),
+                "floor_shift": In(signed(6)),
+                "half": Out(unsigned(15)),
+                "m": Out(unsigned(12)),
+                "q": Out(unsigned(6)),
+            }
+        )
+
+    def elaborate(self, platform):
+        m = Module()
+        wide = self.BITS + self.LIFT
+        x, cut = Signal(self.BITS), Signal(6)
+        kept, above = Signal(2 * wide), Signal(6)
+        floor_late, cut_late = Signal(6), Signal(6)
+        normal = arith.bit_length(self.x) - 11
+        cut_now = Mux(normal > self.floor_shift, normal, self.floor_shift) + self.LIFT
+        m.d.sync += [x.eq(self.x), cut.eq(cut_now), above.eq(cut_now - self.LIFT - self.floor_shift)]
+        m.d.sync += [
+            kept.eq(Cat(Const(0, wide + self.LIFT), x) >> cut),
+            floor_late.eq(above),
+            cut_late.eq(cut),
+        ]
+        integer, fraction = kept[wide:], kept[:wide]
+        up = fraction[-1] & (fraction[:-1].any() | integer[0])
+        rounded = Signal(12)
+        m.d.comb += rounded.eq(integer[:12] + up)
+        m.d.sync += [self.m.eq(rounded), self.q.eq(cut_late), self.half.eq((floor_late << 10) + rounded)]
+        return m
+
+
+class ScalarUnit(wiring.Component):
+    """One request at a time, in order; `latency(kind)` cycles from the request's transfer to a valid result.
+
+    The next request is taken in the cycle of the result's transfer at the earliest one cycle later: requests are
+    `latency(kind) + 1` cycles apart.
+    """
+
+    def __init__(self):
+        self._divider = arith.Divider(31, 17, RECIP_BITS)
+        self._root = arith.ISqrt(32)
+        self._rounder = Fp16Rounder()
+        super().__init__({"i": In(stream.Signature(ScalarRequest)), "o": Out(stream.Signature(ScalarResult))})
+
+    @staticmethod
+    def latency(kind: ScalarKind) -> int:
+        """Cycles from the transfer of a request to the valid result."""
+        divide = RECIP_BITS // 2 + 1
+        root = 32 // 2 // 2 + 1
+        return {
+            ScalarKind.SQUARE_SHIFT: 4,
+            ScalarKind.A8: 5 + divide,
+            ScalarKind.NORM: 6 + root + divide,
+            ScalarKind.KV: 3 + 2 * Fp16Rounder.latency + divide,
+        }[kind]
+
+    def elaborate(self, platform):
+        m = Module()
+        m.submodules.divider = self._divider
+        m.submodules.root = self._root
+        m.submodules.rounder = self._rounder
+        request = Signal(ScalarRequest)
+        self._flat = Signal(name="flat")
+        m.d.comb += [
+            self.o.p.kind.eq(request.kind),
+            self.o.p.v.eq(request.v),
+            self._divider.o.ready.eq(1),
+            self._root.o.ready.eq(1),
+        ]
+        with m.If(self.o.ready):
+            m.d.sync += self.o.valid.eq(0)
+        # With one operand of each unit there are no hazards: a request runs alone from IDLE to IDLE.
+        with m.FSM(name="scalar"):
+            with m.State("IDLE"):
+                m.d.comb += self.i.ready.eq(~self.o.valid)
+                with m.If(self.i.valid & self.i.ready):
+                    m.d.sync += request.eq(self.i.payload)
+                    with m.Switch(self.i.p.kind):
+                        with m.Case(ScalarKind.NORM):
+                            m.next = "ENERGY"
+                        with m.Case(ScalarKind.KV):
+                            m.next = "SPAN"
+                        with m.Default():
+                            m.next = "AMAX"
+            amax_parts = self._a8(m, request)
+            self._norm(m, request)
+            self._kv(m, request)
+            with m.State("DIVIDE"), m.If(self._divider.o.valid):
+                # A scale that rounds to zero has no reciprocal: its codes are zero.
+                flat = (request.kind == ScalarKind.KV) & self._flat
+                m.d.sync += [
+                    self.o.p.lanes.m1.eq(Mux(flat, 0, self._divider.o.payload)),
+                    self.o.valid.eq(1),
+                ]
+                m.next = "IDLE"
+        self._output_scale(m, request, *amax_parts)
+        return m
+
+    def _divide(self, m: Module, numerator: int, divisor) -> None:
+        m.d.comb += [
+            self._divider.i.valid.eq(1),
+            self._divider.i.p.n.eq(numerator),
+            self._divider.i.p.d.eq(divisor),
+        ]
+        m.next = "DIVIDE"
+
+    def _a8(self, m: Module, request) -> tuple:
+        bits = formats.VEC_BITS
+        amax, normal, length = Signal(bits), Signal(bits), Signal(range(bits + 1))
+        divisor, mantissa, lanes = Signal(17), Signal(16), self.o.p.lanes
+        with m.State("AMAX"):
+            low, high = arith.absolute(request.least), arith.absolute(request.most)
+            m.d.sync += amax.eq(Mux(low > high, low, high))
+            m.next = "LENGTH"
+        with m.State("LENGTH"):
+            m.d.sync += [normal.eq(arith.normalise(amax)), length.eq(arith.bit_length(amax))]
+            m.next = "SHIFT"
+        with m.State("SHIFT"):
+            shift = Mux(length > 15, length - 15, 0)
+            m.d.sync += divisor.eq(normal[16:] + normal[:16].any())
+            with m.If(request.kind == ScalarKind.SQUARE_SHIFT):
+                m.d.sync += [lanes.m1.eq(1), lanes.n1.eq(shift + N1_BIAS), self.o.valid.eq(1)]
+                m.next = "IDLE"
+            with m.Else():
+                m.next = "DIVISOR"
+        with m.State("DIVISOR"):
+            product = divisor * formats.A8_DIV127
+            m.d.sync += [
+                mantissa.eq(arith.rnd_shift(product, 16)),
+                lanes.n1.eq(length + (formats.A8_RECIP_SHIFT - 16 + N1_BIAS)),
+            ]
+            self._divide(m, formats.A8_MAX << formats.A8_RECIP_SHIFT, divisor)
+        return amax, length, mantissa
+
+    def _output_scale(self, m: Module, request, amax, length, mantissa) -> None:
+        """The table entry settles while the divider works: a product, then its rounding."""
+        output, scaled = self.o.p.output, Signal(32)
+        live, attention = amax != 0, request.factor != 0
+        minus_exponent = formats.A8_SCALE_EXP_BIAS + 16 - length
+        m.d.sync += scaled.eq(mantissa * request.factor)
+        with m.If((request.kind == ScalarKind.A8) & ~self.o.valid):
+            m.d.sync += output.pre.eq(formats.ACC_PRESHIFT)
+            m.d.sync += output.mult.eq(Mux(live, Mux(attention, arith.rnd_shift(scaled, 16), mantissa), 0))
+            shift = Mux(attention, minus_exponent - 16 + request.exponent, minus_exponent)
+            m.d.sync += output.post.eq(Mux(live, shift, 0))
+
+    def _norm(self, m: Module, request) -> None:
+        epsilon, energy = Signal(EPSILON_BITS), Signal(ENERGY_BITS)
+        normal, length = Signal(ENERGY_BITS), Signal(range(ENERGY_BITS + 1))
+        with m.State("ENERGY"):
+            m.d.sync += epsilon.eq(arith.rnd_shift(request.epsilon, Cat(Const(0, 1), request.shift)))
+            m.next = "ADD"
+        with m.State("ADD"):
+            total = request.total + epsilon
+            m.d.sync += energy.eq(Mux(total == 0, 1, total))
+            m.next = "NORMAL"
+        with m.State("NORMAL"):
+            m.d.sync += [normal.eq(arith.normalise(energy)), length.eq(arith.bit_length(energy))]
+            m.next = "ROOT"
+        with m.State("ROOT"):
+            top = normal[ENERGY_BITS - 32 :]
+            half = ((length + 1) >> 1) - 16
+            m.d.comb += [self._root.i.valid.eq(1), self._root.i.payload.eq(Mux(length[0], top >> 1, top))]
+            m.d.sync += self.o.p.lanes.n1.eq(half + request.shift + (9 + N1_BIAS))
+            m.next = "ROOT-WAIT"
+        divisor = Signal(16)
+        with m.State("ROOT-WAIT"):
+            m.d.sync += divisor.eq(self._root.o.payload)
+            with m.If(self._root.o.valid):
+                m.next = "RECIPROCAL"
+        with m.State("RECIPROCAL"):
+            self._divide(m, RECIP_ONE, divisor)
+
+    def _kv(self, m: Module, request) -> None:
+        clip, rounder, lanes = formats.KV_CLIP_BITS, self._rounder, self.o.p.lanes
+        least, most = Signal(signed(clip)), Signal(signed(clip))
+        span_product = Signal(Fp16Rounder.BITS)
+        cycle = Signal(range(2 * Fp16Rounder.latency))
+        m.d.comb += [rounder.x.eq(arith.absolute(least)), rounder.floor_shift.eq(formats.VEC_FRAC - 24)]
+        with m.State("SPAN"):
+            m.d.sync += [
+                least.eq(arith.saturate(request.least, clip)),
+                most.eq(arith.saturate(request.most, clip)),
+                cycle.eq(0),
+            ]
+            m.next = "ROUND"
+        (narrow_c, narrow_f), (wide_c, wide_f) = formats.KV_RANGE_DIV[4], formats.KV_RANGE_DIV[8]
+        span = Signal(unsigned(clip + 1))
+        with m.State("ROUND"):
+            # The minimum enters in cycle 0; the range needs two more cycles for its product.
+            m.d.sync += [
+                cycle.eq(cycle + 1),
+                span.eq(most - least),
+                span_product.eq(span * Mux(request.wide, wide_c, narrow_c)),
+            ]
+            with m.If(cycle == Fp16Rounder.latency):
+                value = (rounder.m << rounder.q)[Fp16Rounder.LIFT :][: OFFSET_BITS - 1]
+                m.d.sync += [
+                    lanes.m0.eq(Mux(least < 0, -value, value)),
+                    lanes.minimum.eq(Cat(rounder.half, least < 0)),
+                ]
+            with m.If(cycle >= Fp16Rounder.latency - 1):
+                m.d.comb += [
+                    rounder.x.eq(span_product),
+                    rounder.floor_shift.eq(
+                        Mux(request.wide, wide_f + formats.VEC_FRAC - 24, narrow_f + formats.VEC_FRAC - 24)
+                    ),
+                ]
+            with m.If(cycle == 2 * Fp16Rounder.latency - 2):
+                m.next = "RECORD"
+        mantissa, exponent = Signal(11), Signal(signed(8))
+        with m.State("RECORD"):
+            length = arith.bit_length(rounder.m)
+            weight = Mux(request.wide, wide_f, narrow_f) + formats.VEC_FRAC + Fp16Rounder.LIFT
+            m.d.sync += [
+                lanes.scale.eq(rounder.half),
+                mantissa.eq(arith.normalise(rounder.m) >> 1),
+                exponent.eq(rounder.q + length - weight - 11),
+            ]
+            m.next = "MANTISSA"
+        with m.State("MANTISSA"):
+            m.d.sync += [lanes.n1.eq(42 + N1_BIAS + exponent), self._flat.eq(mantissa == 0)]
+            self._divide(m, ((1 << 26) - 1) << 5, mantissa << 5)

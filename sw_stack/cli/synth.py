@@ -12,10 +12,13 @@ def command(
     """Synthesise every block and print LUT, FF, DSP, BRAM, URAM and logic depth."""
     from dataclasses import asdict
 
+    from golden.spec import KVStrataError
     from hw.blocks import BLOCKS
     from hw.flow.synth import FAMILIES, resources
     from sw_stack.cli.output import show_rows, track
 
+    if family not in {*FAMILIES, "both"}:
+        raise KVStrataError(f"a family is one of {', '.join(FAMILIES)} or both, not {family!r}")
     families = list(FAMILIES) if family == "both" else [family]
     jobs = [
         (name, block, kind) for name, block in BLOCKS.items() for kind in families if kind in block.families

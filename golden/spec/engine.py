@@ -340,6 +340,7 @@ _VECTOR: tuple[tuple[str, int], ...] = (
     ("dst", 20),  # VB word, or A8 group of 32 for QUANT and SOFTMAX
     ("dst_stride", 16),
     ("table", 8),  # first scale table entry written
+    ("fresh", 1),  # the vector instruction just before wrote exactly this operand: its extremes are reused
 )
 
 FIELDS: dict[Op, tuple[tuple[str, int], ...]] = {

@@ -101,6 +101,7 @@ class VectorOp(data.Struct):
     dst: 20
     dst_stride: 16
     table: 8
+    fresh: 1
     exponent: 6
     epsilon: 48
     factor: 16

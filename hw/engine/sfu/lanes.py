@@ -25,6 +25,7 @@ from amaranth.lib.wiring import In, Out
 from golden.spec import formats
 from hw.engine.sfu import tables
 from hw.lib import arith
+from hw.lib.pipeline import Pipe
 from hw.lib.streams import check_count
 
 VEC = signed(formats.VEC_BITS)
@@ -79,21 +80,6 @@ def lane_result(lanes: int, tag) -> data.StructLayout:
     return data.StructLayout({"y": data.ArrayLayout(VEC, lanes), "tag": tag})
 
 
-class _Pipe:
-    """Registers of one pipeline: `step(name=value)` returns the values one cycle later."""
-
-    def __init__(self, m: Module, prefix: str):
-        self._m, self._prefix = m, prefix
-
-    def reg(self, value, name: str, cycles: int = 1):
-        """`value` after `cycles` registers without reset: synthesis may use shift registers."""
-        for cycle in range(cycles):
-            register = Signal(value.shape(), name=f"{self._prefix}{name}_{cycle}", reset_less=True)
-            self._m.d.sync += register.eq(value)
-            value = register
-        return value
-
-
 class Sigmoid(wiring.Component):
     """`sg = sigmoid(a)` of docs/formats.md section 9, 17 bit, 1.0 = 2**16; `latency` cycles, one value per cycle.
 
@@ -107,7 +93,7 @@ class Sigmoid(wiring.Component):
 
     def elaborate(self, platform):
         m = Module()
-        p = _Pipe(m, "")
+        p = Pipe(m)
         table = tables.sigmoid_table()
         entry = data.StructLayout({"base": unsigned(16), "rise": unsigned(11)})
         rows = [{"base": low, "rise": high - low} for low, high in zip(table, table[1:])]
@@ -134,7 +120,7 @@ class _Multiply:
     cycles = 2
 
     @staticmethod
-    def build(p: _Pipe, name: str, x, factor):
+    def build(p: Pipe, name: str, x, factor):
         low = p.reg(Cat(x[:SPLIT], Const(0, 1)).as_signed() * factor, f"{name}_low")
         high = p.reg(x[SPLIT:].as_signed() * factor, f"{name}_high")
         return p.reg(arith.resize(low + arith.shift_left(high, SPLIT), P_BITS), f"{name}_product")
@@ -167,7 +153,7 @@ class LanePair(wiring.Component):
         return m
 
     def _lane(self, m: Module, lane: int, sg, control: list) -> None:
-        p = _Pipe(m, f"l{lane}_")
+        p = Pipe(m, f"l{lane}_")
         a, partner, b = self.a[lane], self.a[1 - lane], self.b[lane]
 
         # Operands of the first product. Sigmoid takes four cycles, and everything else waits for it.
@@ -230,7 +216,7 @@ class LanePair(wiring.Component):
         m.d.comb += self.y[lane].eq(p.reg(arith.saturate(rounded, formats.VEC_BITS), "y"))
 
 
-def _round_shift(p: _Pipe, name: str, x, n):
+def _round_shift(p: Pipe, name: str, x, n):
     """`rnd_shift(x, n)` in two cycles."""
     coarse = p.reg(arith.shift_left(x, 1) >> ((n // COARSE) * COARSE), f"{name}_coarse")
     return p.reg(arith.round_half(coarse >> p.reg(n[:3], f"{name}_fine")), f"{name}_rounded")

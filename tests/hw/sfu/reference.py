@@ -151,3 +151,43 @@ def vector(rng, n: int, kind: str) -> list[int]:
 
 
 KINDS = ("ordinary", "wide", "tiny", "extreme", "lowest", "equal", "zero", "spike")
+
+
+def softmax(
+    z: list[int], live: list[int], scale: list[float], minimum: list[float]
+) -> tuple[list[dict], dict]:
+    """Section 8 from the scores on: per tile of 32 the codes and the sidecar, and the final output scale.
+
+    `z` and the records are padded to whole tiles.
+    """
+    M, l, tiles = None, 0, []
+    for at in range(0, len(z), 32):
+        alive = [t for t in range(at, at + 32) if live[t]]
+        if not alive:
+            tiles.append({"codes": [0] * 32, "addend": 0, "shift": 0, "decay": 0})
+            continue
+        top = max(math.ceil(Fraction(z[t], 65536)) for t in alive)
+        new = top if M is None else max(M, top)
+        d = 63 if M is None else min(63, new - M)
+        M = new
+        p = {t: exp2((M << 16) - z[t]) for t in alive}
+        l = (l >> d) + (sum(p.values()) << 16)
+        w = {t: p[t] * int24(scale[t]) for t in alive}
+        sh = max(max(w.values()).bit_length() - 7, 15)
+        codes = [min(127, rs(w[t], sh)) if t in w else 0 for t in range(at, at + 32)]
+        addend = rs(sum(p[t] * int24(minimum[t]) for t in alive), 15)
+        tiles.append({"codes": codes, "addend": addend, "shift": sh - 15, "decay": d})
+    if l == 0:
+        return tiles, {"pre": 0, "mult": 0, "post": 23}
+    L = l >> (l.bit_length() - 16)
+    return tiles, {"pre": l.bit_length() - 31, "mult": ((1 << 31) - 1) // L, "post": 23}
+
+
+def attention_output(tiles: list[dict], final: dict, vcodes: list[list[int]]) -> list[int]:
+    """What the matrix unit makes of the tiles (docs/engine.md section 3): outputs in Q16 for vcodes[slot][element]."""
+    o = [0] * len(vcodes[0])
+    for index, tile in enumerate(tiles):
+        for i in range(len(o)):
+            dot = sum(tile["codes"][t] * vcodes[32 * index + t][i] for t in range(32))
+            o[i] = (o[i] >> tile["decay"]) + (dot << tile["shift"]) + tile["addend"]
+    return [sat(rs(rs(v, final["pre"]) * final["mult"], final["post"]), 32) for v in o]

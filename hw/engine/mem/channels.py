@@ -22,7 +22,7 @@ class StripedReader(wiring.Component):
     drift apart by what their FIFOs hold: a refresh of one is hidden from the others until those run full.
 
     Timing: `first_beat(L)` cycles from the descriptor's transfer to the first valid beat with memory latency L, then
-    one beat per cycle and channel while the FIFO covers L; `cycles(bursts, L)` in all.
+    one beat per cycle and channel while the FIFO covers L; `cycles(beats, L)` in all.
 
     `requested` pulses when the last burst of a descriptor has been handed to every channel. `fault` keeps the first
     fault with `fault_channel`. `abort` until `idle`, and `clear`, as in `ReadChannel`.
@@ -86,9 +86,10 @@ class StripedReader(wiring.Component):
         """Cycles from a descriptor's transfer to its first valid beat: generator, burst queue, channel, memory."""
         return AddressGenerator.latency + 1 + ReadChannel.latency + memory_latency
 
-    def cycles(self, beats: int, memory_latency: int) -> int:
+    @classmethod
+    def cycles(cls, beats: int, memory_latency: int) -> int:
         """Cycles from a descriptor's transfer to that of its last beat, when nothing but latency stalls."""
-        return self.first_beat(memory_latency) + beats - 1
+        return cls.first_beat(memory_latency) + beats - 1
 
     def elaborate(self, platform):
         m = Module()

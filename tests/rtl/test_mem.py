@@ -1,0 +1,12 @@
+"""Memory masters as Verilog under Verilator, against the HBM model and a third-party AXI model."""
+
+import pytest
+
+from hw.flow import cocotb_run
+from tests.rtl.mem_duts import striped_reader
+
+pytestmark = pytest.mark.rtl
+
+
+def test_striped_reader():
+    assert cocotb_run.run(striped_reader(), "striped_reader", "tests.rtl.mem_reader_bench") > 20

@@ -15,6 +15,7 @@ VERBS = (
     "docs",
     "generate",
     "notebooks",
+    "simulate",
     "synth",
     "verilog",
 )

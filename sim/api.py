@@ -1,0 +1,130 @@
+"""Entry point: `simulate(machine, model, scheme, workload)` gives a `RunResult`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sim import energy, run
+from sim.describe.base import ConfigError, did_you_mean
+from sim.describe.machine import Machine, load_machine
+from sim.describe.model import Model, load_model
+from sim.describe.workload import Tuning, Workload
+from sim.result import RunResult
+from sim.schemes import SCHEMES, scheme_class
+from sim.schemes.base import Scheme
+
+FIDELITIES = ("analytic", "flow", "page")
+
+
+def bind(
+    machine: str | Path | Machine,
+    model: str | Path | Model,
+    scheme: str,
+    workload: Workload | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    tuning: Tuning | None = None,
+) -> Scheme:
+    """A scheme bound to a machine; raises ConfigError or CapacityError where it cannot run."""
+    chosen = scheme_class(scheme)
+    described = load_machine(machine, overrides)
+    shape = model if isinstance(model, Model) else load_model(model)
+    return chosen(described, shape, workload or Workload(), tuning or Tuning())
+
+
+def simulate(
+    machine: str | Path | Machine,
+    model: str | Path | Model,
+    scheme: str,
+    workload: Workload | None = None,
+    fidelity: str = "flow",
+    overrides: Mapping[str, Any] | None = None,
+    tuning: Tuning | None = None,
+) -> RunResult:
+    """Simulate one scheme.
+
+    `machine` and `model` are preset names, files or objects; `overrides` changes device fields by path
+    ({"csd.channels": 16}). Raises ConfigError, CapacityError or CalibrationError, each one sentence.
+    """
+    if fidelity not in FIDELITIES:
+        hint = did_you_mean(fidelity, list(FIDELITIES))
+        raise ConfigError(f"fidelity must be one of {', '.join(FIDELITIES)}, got {fidelity!r}{hint}")
+    return evaluate(bind(machine, model, scheme, workload, overrides, tuning), fidelity)
+
+
+def scheme_names() -> list[str]:
+    """Every scheme."""
+    return list(SCHEMES)
+
+
+def evaluate(
+    scheme: Scheme, fidelity: str = "flow", every_step: bool = False, all_layers: bool = False
+) -> RunResult:
+    """Run a bound scheme. `every_step` and `all_layers` switch sampling off, to measure its error."""
+    prefill = run.simulate_phase(scheme, scheme.prefill, fidelity, all_layers)
+    decode = run.sampled_decode(scheme, fidelity, every_step, all_layers)
+    step_s = decode.mean(lambda s: s.seconds)
+    w = scheme.workload
+    total_s = prefill.seconds + w.output_tokens * step_s
+    by_category = decode.mean_of(lambda s: s.by_category)
+    busy = decode.mean_of(lambda s: s.busy_s)
+    used = {name: min(1.0, value / step_s) for name, value in busy.items()}
+    tokens_per_s = w.generated_tokens / total_s
+    power = energy.powers_w(scheme.machine, used, scheme.needs)
+    middle = decode.steps[len(decode.steps) // 2]
+    bytes_per_step = decode.mean_of(lambda s: s.pipe_bytes)
+    return RunResult(
+        machine=scheme.machine.name,
+        model=scheme.model.name,
+        scheme=scheme.name,
+        fidelity=fidelity,
+        batch=w.batch,
+        input_tokens=w.input_tokens,
+        output_tokens=w.output_tokens,
+        tokens_per_s=tokens_per_s,
+        decode_tokens_per_s=w.batch / step_s,
+        prefill_tokens_per_s=w.batch * w.input_tokens / prefill.seconds,
+        time_to_first_token_s=prefill.seconds,
+        time_per_output_token_s=step_s,
+        bottleneck=max(used, key=lambda name: used[name]),
+        breakdown={c: v / sum(by_category.values()) for c, v in by_category.items()},
+        breakdown_s=by_category,
+        prefill_breakdown={c: v / sum(prefill.by_category.values()) for c, v in prefill.by_category.items()},
+        utilisation=used,
+        bytes_per_token={p: v / w.batch for p, v in bytes_per_step.items()},
+        residency=scheme.residency(),
+        bandwidths=[b.to_dict() for b in scheme.bandwidths],
+        energy_j_per_token=sum(power.values()) / tokens_per_s,
+        energy_breakdown_j={n: p / tokens_per_s for n, p in power.items()},
+        energy_uncertainty=energy.ENERGY_UNCERTAINTY,
+        cost_usd_per_million_tokens=energy.cost_usd_per_million(
+            scheme.machine, scheme.needs, sum(power.values()), tokens_per_s
+        ),
+        **_endurance(scheme, tokens_per_s),
+        policy=scheme.policy(),
+        assumptions=provenance(scheme),
+        timeline=run.spans("prefill", prefill.run) + run.spans("decode step", middle.run),
+    )
+
+
+def _endurance(scheme: Scheme, tokens_per_s: float) -> dict[str, Any]:
+    """Write amplification is 1: appended data is erased by whole blocks, never copied (append-only, SIM-WAF)."""
+    written = scheme.flash_written_per_token() * tokens_per_s
+    name = "csd" if "csd" in scheme.needs else "ssd"
+    drive, count = getattr(scheme.machine, name), getattr(scheme.machine, f"{name}_count")
+    if not written or drive is None:
+        return {"flash_write_amplification": 1.0, "flash_lifetime_years": None}
+    total = drive.capacity_gb * 1e9 * count * drive.pe_cycles
+    return {"flash_write_amplification": 1.0, "flash_lifetime_years": total / written / (365.25 * 86400)}
+
+
+def provenance(scheme: Scheme) -> list[dict[str, Any]]:
+    """Every value the result rests on with its source; `assumption` holds the register's id where one applies."""
+    parts = set(scheme.needs) | ({"host"} if scheme.machine.host else set())
+    parts |= {f"{p}_link" for p in ("ssd", "csd") if p in scheme.needs}
+    devices = [getattr(scheme.machine, p) for p in sorted(parts) if getattr(scheme.machine, p, None)]
+    rows = [row for d in (*devices, scheme.model, scheme.workload, scheme.tuning) for row in d.provenance()]
+    for row in rows + (extra := scheme.provenance()):
+        row["assumption"] = row["source"] if row["source"].startswith("SIM-") else ""
+    return rows + extra

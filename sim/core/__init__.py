@@ -1,0 +1,1 @@
+"""The simulation core: bandwidth shared by flows, task graphs, and their execution on simpy."""

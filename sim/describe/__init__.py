@@ -1,0 +1,1 @@
+"""Typed descriptions of machines, models and workloads, loaded from TOML with a source per value."""

@@ -1,0 +1,37 @@
+"""What is asked of a machine: an offline batch of equal sequences (request arrivals: sim.serving)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from sim.describe.base import Count, Described, Positive, Share, assumed
+
+
+class Workload(Described):
+    """`batch` sequences of `input_tokens`, each continued by `output_tokens`."""
+
+    kind: ClassVar[str] = "workload"
+    name: str = "offline"
+    batch: Count = assumed(64, "set by the user")
+    input_tokens: Count = assumed(1024, "set by the user")
+    output_tokens: Count = assumed(1024, "set by the user")
+    sparsity: Share = assumed(0.125, "InstInfer: ratio 1/8", gt=0)
+
+    @property
+    def total_tokens(self) -> int:
+        """Context length of a sequence at its end."""
+        return self.input_tokens + self.output_tokens
+
+    @property
+    def generated_tokens(self) -> int:
+        """Tokens generated over the whole batch."""
+        return self.batch * self.output_tokens
+
+
+class Tuning(Described):
+    """Behaviour of a serving framework that schemes share; each default is a registered assumption."""
+
+    kind: ClassVar[str] = "framework"
+    name: str = "default"
+    layer_overhead_us: Positive = assumed(500.0, "SIM-FRAMEWORK")
+    page_cache_us_per_io: Positive = assumed(25.0, "SIM-PAGE-CACHE")

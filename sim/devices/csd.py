@@ -1,0 +1,93 @@
+"""The attention unit of a computational drive: this repository's RTL by its measured cycles, or a published unit."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+from sim import measured
+from sim.describe.devices import Csd
+
+UNIT_BLOCKS = ("storage_unit", "attention_unit", "attention_head")
+"""Calibration tables that describe the unit, the most complete first."""
+
+
+@dataclass(frozen=True)
+class KvReads:
+    """What one layer's decode attention asks of all drives together.
+
+    `commands` counts (sequence, KV head) pairs; `dot_flops` and `softmax_values` are for units whose compute is
+    described by rates rather than by measured cycles.
+    """
+
+    size_bytes: float
+    commands: int
+    dot_flops: float
+    softmax_values: float
+
+
+class AttentionUnit(ABC):
+    """Unit of one drive. `streams` says whether it works while pages arrive or after they have."""
+
+    streams: bool
+
+    @abstractmethod
+    def seconds(self, reads: KvReads, drives: int) -> float:
+        """Busy seconds of each drive's unit when `reads` divide evenly over `drives`."""
+
+    @abstractmethod
+    def stream_limits(self) -> dict[str, float]:
+        """Limits in GB/s that the unit puts on one drive's flash stream."""
+
+    @abstractmethod
+    def provenance(self) -> list[dict[str, Any]]:
+        """Where the unit's numbers come from."""
+
+
+class RtlUnit(AttentionUnit):
+    """The unit in hw/storage: cycles = slope * (cycles of the channels at full rate) + fixed per head command."""
+
+    streams = True
+
+    def __init__(self, csd: Csd) -> None:
+        self._csd = csd
+        self._fit = measured.fit(UNIT_BLOCKS)
+
+    def seconds(self, reads: KvReads, drives: int) -> float:
+        rate = self._csd.channels * self._csd.channel_gb_per_s * 1e9
+        return self._fit.seconds(
+            reads.size_bytes / drives / rate, reads.commands / drives, self._csd.unit_mhz
+        )
+
+    def stream_limits(self) -> dict[str, float]:
+        return {}
+
+    def provenance(self) -> list[dict[str, Any]]:
+        return [self._fit.provenance()]
+
+
+class PublishedUnit(AttentionUnit):
+    """A unit known by its published rates: per-channel filter, GeMV units and softmax units."""
+
+    streams = False
+
+    def __init__(self, csd: Csd) -> None:
+        self._csd = csd
+
+    def seconds(self, reads: KvReads, drives: int) -> float:
+        csd = self._csd
+        dots = reads.dot_flops / (csd.gemv_units * csd.gemv_gflops * 1e9)
+        softmax = reads.softmax_values / 2048 * csd.softmax_us_per_2048 * 1e-6 / csd.softmax_units
+        return max(dots, softmax) / drives
+
+    def stream_limits(self) -> dict[str, float]:
+        return {"page filters": self._csd.channels * self._csd.filter_gb_per_s}
+
+    def provenance(self) -> list[dict[str, Any]]:
+        return []
+
+
+def attention_unit(csd: Csd) -> AttentionUnit:
+    """The unit that a drive's description names."""
+    return RtlUnit(csd) if csd.engine == "rtl" else PublishedUnit(csd)

@@ -1,0 +1,65 @@
+"""Flash behind the channels of a drive: closed-form limits (reference formulas), and what they bind on.
+
+C channels, n dies per channel, p planes read together, P page bytes, tcmd command, tR array, tx page transfer time:
+
+- channel:  C * p * P / (tcmd + p * tx)
+- array, pipelined data-out: C * n * p * P / (tcmd + tR + p * tx)
+- array, waiting data-outs served before any new command: C * n * p * P / (tcmd + tR + n * p * tx)
+- cache read (the next page senses while one is in the cache register): C * n * p * P / max(tR, tcmd + p * tx)
+
+`sim.devices.flash_pages` simulates every page and must meet these in their regimes.
+"""
+
+from __future__ import annotations
+
+from sim.describe.devices import Flash
+from sim.devices.limits import Bandwidth
+
+
+def transfer_us(flash: Flash) -> float:
+    """Time of one page on the channel bus."""
+    return flash.page_bytes / (flash.channel_gb_per_s * 1e3)
+
+
+def planes(flash: Flash) -> int:
+    """Planes that one read command senses together."""
+    return flash.planes_per_die if flash.multi_plane else 1
+
+
+def sense_us(flash: Flash) -> float:
+    """Mean array time of a read, retries included."""
+    return flash.read_us * (1 + flash.retry_rate)
+
+
+def read_limits(flash: Flash) -> Bandwidth:
+    """Sustained read bandwidth of saturated sequential reads, with every limit."""
+    p, tx, tcmd, tr = planes(flash), transfer_us(flash), flash.command_us, sense_us(flash)
+    n, per_channel = flash.dies_per_channel, flash.channels * p * flash.page_bytes / 1e3
+    if flash.cache_read:
+        array = n * per_channel / max(tr, tcmd + p * tx)
+    elif flash.arbitration == "pipelined":
+        array = n * per_channel / (tcmd + tr + p * tx)
+    else:
+        array = n * per_channel / (tcmd + tr + n * p * tx)
+    bus = per_channel / (p * tx)
+    limits = {
+        "flash array": array,
+        "flash channel with commands": per_channel / (tcmd + p * tx),
+        "flash channel": bus,
+    }
+    return Bandwidth("flash read", limits)
+
+
+def program_limits(flash: Flash) -> Bandwidth:
+    """Sustained program bandwidth of saturated sequential writes, with every limit."""
+    p, tx = planes(flash), transfer_us(flash)
+    per_channel = flash.channels * p * flash.page_bytes / 1e3
+    array = flash.dies_per_channel * per_channel / (flash.command_us + flash.program_us + p * tx)
+    return Bandwidth(
+        "flash program", {"flash array": array, "flash channel": per_channel / (flash.command_us + p * tx)}
+    )
+
+
+def first_page_us(flash: Flash) -> float:
+    """Latency of one page read alone, from command to last byte on the channel."""
+    return flash.command_us + sense_us(flash) + transfer_us(flash)

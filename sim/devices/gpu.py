@@ -1,0 +1,84 @@
+"""GPU kernel times: roofline ceilings, tile waves, memory-level parallelism and a floor per kernel.
+
+M tokens, K inner, N outputs; q and kv are query and cached lengths. Times are device times of one kernel; what a
+framework spends between kernels is a separate term (`Tuning.layer_overhead_us`). Shaped on measured A100 latencies
+(sim/data/gpu_ops_a100.csv): `make bench` reports the error against them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from sim.describe.devices import Gpu
+from sim.describe.model import FP16_BYTES
+
+TILES = ((128, 256), (256, 128), (128, 128), (128, 64), (64, 64))
+"""Output tiles of a tensor-core matrix product; small ones reuse operands less."""
+SOFT_MAX_POWER = 4
+"""Compute and memory overlap nearly perfectly: their combination is a high-power mean."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Time of a kernel and what bounds it: "memory", "compute" or "latency"."""
+
+    seconds: float
+    bound: str
+
+
+def gemm(gpu: Gpu, m: float, k: int, n: float) -> Kernel:
+    """y[M, N] = x[M, K] w[K, N] in fp16 with fp32 accumulation."""
+    size = FP16_BYTES * (m * k + k * n + m * n)
+    memory = size / (gpu.hbm_gb_per_s * 1e9 * gpu.bandwidth_share)
+    return _combine(gpu, memory, min(_waves_s(gpu, m, k, n, tile) for tile in TILES))
+
+
+def _waves_s(gpu: Gpu, m: float, k: int, n: float, tile: tuple[int, int]) -> float:
+    rows, cols = tile
+    waves = math.ceil(math.ceil(m / rows) * math.ceil(n / cols) / gpu.sm_count)
+    reuse = rows * cols / (rows + cols)
+    share = gpu.tensor_share * min(1.0, reuse / 64)
+    return waves * 2 * rows * cols * k / (gpu.fp16_tflops * 1e12 / gpu.sm_count * share)
+
+
+BLOCKS_PER_SM = 2
+ATTENTION_BLOCK_US = 4.6
+"""Prologue and epilogue of one attention block on its SM, seen at a 32-token cache (SIM-GPU-ATTENTION)."""
+ATTENTION_BANDWIDTH_SHARE = 0.97
+ATTENTION_TENSOR_SHARE = 0.40
+SPLIT_TOKENS = 256
+"""Split-KV attention gives one block at least this many cached tokens."""
+
+
+def attention_decode(gpu: Gpu, batch: int, kv: float, heads: int, kv_heads: int, head_size: int) -> Kernel:
+    """One query token per sequence over `kv` cached tokens; reads K and V once."""
+    size = batch * kv * kv_heads * head_size * 2 * FP16_BYTES
+    blocks = batch * heads
+    slots = gpu.sm_count * BLOCKS_PER_SM
+    splits = max(1, min(slots // max(blocks, 1), int(kv // SPLIT_TOKENS)))
+    blocks *= splits
+    filled = blocks / (math.ceil(blocks / slots) * slots)
+    memory = size / (gpu.hbm_gb_per_s * 1e9 * ATTENTION_BANDWIDTH_SHARE) / max(filled, 0.25)
+    return _combine(gpu, memory, blocks / gpu.sm_count * ATTENTION_BLOCK_US * 1e-6)
+
+
+def attention_prefill(gpu: Gpu, batch: int, q: int, kv: int, heads: int, head_size: int) -> Kernel:
+    """Causal attention of `q` new tokens over `kv` cached ones and themselves; whole tiles are computed."""
+    flops = 4 * batch * heads * head_size * q * (kv + q)
+    blocks = batch * heads * math.ceil(q / 128)
+    filled = blocks / (math.ceil(blocks / gpu.sm_count) * gpu.sm_count)
+    return _combine(gpu, 0.0, flops / (gpu.fp16_tflops * 1e12 * ATTENTION_TENSOR_SHARE) / filled)
+
+
+def elementwise(gpu: Gpu, size_bytes: float) -> Kernel:
+    """Norms, activations, residuals, copies: `size_bytes` read and written in all."""
+    return _combine(gpu, size_bytes / (gpu.hbm_gb_per_s * 1e9 * gpu.bandwidth_share), 0.0)
+
+
+def _combine(gpu: Gpu, memory: float, compute: float) -> Kernel:
+    power = SOFT_MAX_POWER
+    busy = (memory**power + compute**power) ** (1 / power)
+    floor = gpu.kernel_floor_us * 1e-6
+    bound = "latency" if floor > busy else "memory" if memory >= compute else "compute"
+    return Kernel(floor + busy, bound)

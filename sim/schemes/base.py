@@ -1,0 +1,211 @@
+"""What every scheme answers: what it needs, where bytes live, and the task graphs of prefill and of a decode step.
+
+Categories of time are the papers': "kv access", "weight access", "compute", "csd compute", "transfer", "framework".
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+from sim.core.graph import SETUP, Graph
+from sim.describe.base import CapacityError, ConfigError
+from sim.describe.devices import Gpu, Link
+from sim.describe.machine import Machine
+from sim.describe.model import FP16_BYTES, Model
+from sim.describe.workload import Tuning, Workload
+from sim.devices import gpu as kernels
+from sim.devices.limits import Bandwidth
+from sim.result import Residency
+
+GB = 1e9
+
+
+class Scheme(ABC):
+    """One scheme bound to a machine, a model and a workload. Constructing it checks that it can run at all."""
+
+    name: ClassVar[str]
+    needs: ClassVar[tuple[str, ...]]
+
+    def __init__(self, machine: Machine, model: Model, workload: Workload, tuning: Tuning) -> None:
+        self.machine, self.model, self.workload, self.tuning = machine, model, workload, tuning
+        for part in self.needs:
+            machine.part(part, self.name)
+        if workload.total_tokens > model.max_positions:
+            raise ConfigError(
+                f"scheme {self.name}: {workload.input_tokens} + {workload.output_tokens} tokens exceed the "
+                f"{model.max_positions} positions of {model.name} by {workload.total_tokens - model.max_positions}"
+            )
+        self.place()
+        self.pipes: dict[str, float] = {}
+        self.bandwidths: list[Bandwidth] = []
+        self.connect()
+
+    def place(self) -> None:
+        """Decide placement (percentages, residency); raise CapacityError where it does not fit."""
+        for tier in self.residency():
+            if tier.used_gb > tier.capacity_gb:
+                raise CapacityError(self._excess(tier))
+
+    @abstractmethod
+    def residency(self) -> list[Residency]:
+        """Peak bytes per tier against capacity."""
+
+    @abstractmethod
+    def connect(self) -> None:
+        """Fill `pipes` (bytes/s by name) and `bandwidths` (why each is what it is)."""
+
+    @abstractmethod
+    def prefill(self, graph: Graph, layers: int) -> None:
+        """Add the prefill of the whole batch over `layers` decoder layers."""
+
+    @abstractmethod
+    def decode(self, graph: Graph, context: int, layers: int) -> None:
+        """Add one decode step of the whole batch with `context` tokens cached."""
+
+    def policy(self) -> dict[str, Any]:
+        """Placement and schedule in the scheme's own terms."""
+        return {}
+
+    def provenance(self) -> list[dict[str, Any]]:
+        """Rows about values that belong to no description, such as measured cycles."""
+        return []
+
+    def flash_written_per_token(self) -> float:
+        """Bytes programmed to flash per generated token, prefill writes amortised over the output."""
+        return 0.0
+
+    def _pipe(self, name: str, bandwidth: Bandwidth) -> None:
+        self.pipes[name] = bandwidth.bytes_per_s
+        self.bandwidths.append(bandwidth)
+
+    def _excess(self, tier: Residency) -> str:
+        over = tier.used_gb - tier.capacity_gb
+        fits = self._largest_batch(tier.tier)
+        remedy = f"a batch of {fits} would fit" if fits else "not even a batch of 1 fits"
+        return (
+            f"scheme {self.name}: {self.model.name} at batch {self.workload.batch} needs {tier.used_gb:.1f} GB of "
+            f"{tier.tier}, {over:.1f} GB more than its {tier.capacity_gb:.1f} GB; {remedy}"
+        )
+
+    def _largest_batch(self, tier: str) -> int:
+        """Largest batch whose use of `tier` fits, by bisection."""
+        original, low, high = self.workload, 0, self.workload.batch
+        while high - low > 1:
+            middle = (low + high) // 2
+            self.workload = original.model_copy(update={"batch": middle})
+            used = next(t for t in self.residency() if t.tier == tier)
+            low, high = (middle, high) if used.used_gb <= used.capacity_gb else (low, middle)
+        self.workload = original
+        return low
+
+
+def link_bandwidth(what: str, *links: Link | None) -> Bandwidth:
+    """Payload rate of links in series."""
+    return Bandwidth(
+        what, {f"{link.name} #{i}": link.payload_gb_per_s for i, link in enumerate(links) if link}
+    )
+
+
+class GpuScheme(Scheme):
+    """Schemes whose linear layers run on the GPU. Kernel and framework time are separate tasks."""
+
+    weights_host_share = 0.0
+    eager_scores: ClassVar[bool] = False
+    """Whether prefill materialises batch x heads x S x S scores, twice, as eager frameworks do."""
+
+    @property
+    def gpu(self) -> Gpu:
+        """The GPU."""
+        return self.machine.part("gpu", self.name)
+
+    @property
+    def gpu_capacity_gb(self) -> float:
+        """Memory of all GPUs that a scheme may use."""
+        return self.machine.gpu_count * (self.gpu.memory_gb - self.gpu.reserved_gb)
+
+    def workspace_bytes(self, batch: int, tokens: int) -> float:
+        """Activations alive at once in a prefill layer of `batch` sequences of `tokens`."""
+        m = self.model
+        wide = max(m.ffn * (2 if m.gated else 1), m.hidden + 2 * m.kv_heads * m.head_size)
+        activations = batch * tokens * (2 * m.hidden + wide) * FP16_BYTES
+        scores = 2 * batch * m.heads * tokens * tokens * FP16_BYTES if self.eager_scores else 0
+        return float(activations + scores)
+
+    def layer_kernels(self, tokens: int) -> tuple[tuple[float, str], tuple[float, str]]:
+        """(seconds, category) of the kernels before attention (norm, qkv) and after it (o, norm, FFN)."""
+        m, gpu = self.model, self.gpu
+        qkv = (m.heads + 2 * m.kv_heads) * m.head_size
+        active = m.active_ffn_weights(tokens) / m.ffn_weights
+        routed = tokens * m.experts_per_token / active
+        up = m.ffn * (2 if m.gated else 1)
+        norm = kernels.elementwise(gpu, 3 * tokens * m.hidden * FP16_BYTES)
+        before = [norm, kernels.gemm(gpu, tokens, m.hidden, qkv)]
+        after = [norm, kernels.gemm(gpu, tokens, m.heads * m.head_size, m.hidden)]
+        ffn = [kernels.gemm(gpu, routed, m.hidden, up), kernels.gemm(gpu, routed, m.ffn, m.hidden)]
+        ffn.append(kernels.elementwise(gpu, routed * (up + m.ffn) * FP16_BYTES))
+        rest = _total(after)[0] + active * _total(ffn)[0]
+        return _total(before), (rest, _total(ffn)[1])
+
+    def head_kernel(self) -> tuple[float, str]:
+        """(seconds, category) of the final norm and the LM head for one token of each sequence."""
+        m = self.model
+        return _total([kernels.gemm(self.gpu, self.workload.batch, m.hidden, m.vocabulary)])
+
+    def attention_decode_s(self, context: float) -> float:
+        """Seconds of one layer's attention on the GPU."""
+        m = self.model
+        args = (self.workload.batch, context + 1, m.heads, m.kv_heads, m.head_size)
+        return kernels.attention_decode(self.gpu, *args).seconds
+
+    def attention_prefill_s(self, batch: int) -> float:
+        """Seconds of one layer's prefill attention on the GPU."""
+        m = self.model
+        return kernels.attention_prefill(
+            self.gpu, batch, self.workload.input_tokens, 0, m.heads, m.head_size
+        ).seconds
+
+    def framework(self, graph: Graph, after: Iterable[int]) -> int:
+        """Time the framework's thread spends per layer; kernels of the layer wait for it."""
+        return graph.work("dispatch", "framework", "framework", self.tuning.layer_overhead_us * 1e-6, after)
+
+    def prefill_layers(self, graph: Graph, layers: int) -> list[int]:
+        """Prefill compute of `layers` layers in a chain; returns the last task of each."""
+        w = self.workload
+        before, after = self.layer_kernels(w.batch * w.input_tokens)
+        attention = self.attention_prefill_s(w.batch)
+        done: list[int] = []
+        for layer in range(layers):
+            graph.layer = layer
+            ready = [self.framework(graph, done[-1:])]
+            ready += self.fetch_weights(graph, done)
+            qkv = graph.work("qkv", before[1], "gpu", before[0], ready)
+            scored = graph.work("attention", "compute", "gpu", attention, [qkv])
+            self.store_prefill(graph, qkv)
+            done.append(graph.work("o, ffn", after[1], "gpu", after[0], [scored]))
+        graph.layer = SETUP
+        self.finish(graph, done)
+        return done
+
+    def finish(self, graph: Graph, done: list[int]) -> None:
+        """LM head after the last layer."""
+        seconds, category = self.head_kernel()
+        graph.work("lm head", category, "gpu", seconds, done[-1:])
+
+    def fetch_weights(self, graph: Graph, done: list[int]) -> list[int]:
+        """Stream the host-resident share of a layer's weights one layer ahead; nothing where all are in HBM."""
+        size = self.weights_host_share * self.model.layer_weights * FP16_BYTES
+        if not size:
+            return []
+        move = graph.move("weights", "weight access", ("host dram", "pcie to gpu"), size, done[-2:-1])
+        return [move]
+
+    def store_prefill(self, graph: Graph, qkv: int) -> None:
+        """Where a layer's new KV goes after `qkv`; stays in GPU memory by default."""
+
+
+def _total(parts: list[kernels.Kernel]) -> tuple[float, str]:
+    """Sum of kernel times; the category follows the longest kernel's bound."""
+    longest = max(parts, key=lambda k: k.seconds)
+    return sum(k.seconds for k in parts), "compute" if longest.bound == "compute" else "weight access"

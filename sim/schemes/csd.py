@@ -1,0 +1,171 @@
+"""Decode attention and KV on computational drives, the rest on the GPU (InstInfer / InstAttention).
+
+Per layer and step: the GPU sends q, k and v to the drives peer to peer, every drive attends over the KV of its heads
+(or sequences), and the outputs return. New k and v wait in the drive's memory until a group of tokens fills a page, and
+are then programmed in the background.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from sim.core.graph import SETUP, Graph
+from sim.describe.base import ConfigError
+from sim.describe.devices import Csd
+from sim.describe.model import FP16_BYTES
+from sim.devices.csd import AttentionUnit, KvReads, attention_unit
+from sim.devices.drive import write_bandwidth
+from sim.devices.flash import first_page_us, read_limits
+from sim.devices.limits import Bandwidth
+from sim.result import Residency
+from sim.schemes.base import GB, GpuScheme, link_bandwidth
+
+CHANNEL_COPY = 1.5
+"""K is stored twice (token- and channel-oriented), V once."""
+
+
+class CsdDense(GpuScheme):
+    """Dense attention over all KV groups on flash."""
+
+    name: ClassVar[str] = "csd-dense"
+    needs: ClassVar[tuple[str, ...]] = ("gpu", "gpu_link", "csd")
+    stored_copies: ClassVar[float] = 1.0
+    slice_tokens: ClassVar[int] = 16384
+
+    def place(self) -> None:
+        self._check_peer_to_peer()
+        split = self.model.kv_heads if self.machine.csd_partition == "heads" else self.workload.batch
+        if split % self.machine.csd_count:
+            fits = max(n for n in range(1, self.machine.csd_count + 1) if split % n == 0)
+            raise ConfigError(
+                f"scheme {self.name}: {split} {self.machine.csd_partition} of {self.model.name} do not divide over "
+                f"{self.machine.csd_count} drives; {fits} would"
+            )
+        super().place()
+
+    def _check_peer_to_peer(self) -> None:
+        if not (self.csd.p2p and self.machine.p2p):
+            who = f"drive {self.csd.name}" if not self.csd.p2p else f"machine {self.machine.name}"
+            raise ConfigError(
+                f"scheme {self.name} moves KV between GPU and drive peer to peer, and {who} has p2p = false"
+            )
+
+    @property
+    def csd(self) -> Csd:
+        """The drive."""
+        return self.machine.part("csd", self.name)
+
+    @property
+    def unit(self) -> AttentionUnit:
+        """The attention unit of each drive."""
+        return attention_unit(self.csd)
+
+    @property
+    def group_tokens(self) -> int:
+        """Tokens of one head whose K (or V) fill a flash page."""
+        return max(1, self.csd.page_bytes // (FP16_BYTES * self.model.head_size))
+
+    def residency(self) -> list[Residency]:
+        w, m, count = self.workload, self.model, self.machine.csd_count
+        tokens = min(w.batch * w.input_tokens, self.slice_tokens)
+        layer_kv = w.batch * w.input_tokens * m.kv_bytes_per_token_layer
+        on_gpu = m.weight_bytes + self.workspace_bytes(1, tokens) + 2 * layer_kv + self._hidden_bytes()
+        kv = w.batch * w.total_tokens * m.kv_bytes_per_token * self.stored_copies
+        tails = w.batch * m.kv_bytes_per_token * self.group_tokens
+        capacity = self.csd.capacity_gb * count
+        return [
+            Residency(tier="GPU memory", used_gb=on_gpu / GB, capacity_gb=self.gpu_capacity_gb),
+            Residency(tier="computational drives", used_gb=kv / GB, capacity_gb=capacity),
+            Residency(tier="drive buffers", used_gb=tails / GB, capacity_gb=self.csd.buffer_gb * count),
+        ]
+
+    def _hidden_bytes(self) -> float:
+        return 2.0 * self.workload.batch * self.workload.input_tokens * self.model.hidden * FP16_BYTES
+
+    def connect(self) -> None:
+        machine, csd, count = self.machine, self.csd, self.machine.csd_count
+        link = machine.csd_link
+        assert link is not None
+        drives = {"drive links": link.payload_gb_per_s * count}
+        if machine.drive_uplink:
+            drives["drive uplink"] = machine.drive_uplink.payload_gb_per_s
+        for way in ("pcie to gpu", "pcie from gpu"):
+            self._pipe(way, link_bandwidth(way, machine.gpu_link))
+        self._pipe("to drives", Bandwidth("to drives", drives))
+        self._pipe("from drives", Bandwidth("from drives", drives))
+        self._pipe("csd flash", self.flash_bandwidth())
+        self._pipe("csd program", write_bandwidth(csd, link, count))
+
+    def flash_bandwidth(self) -> Bandwidth:
+        """Aggregate flash read rate of all drives as the unit sees it."""
+        limits = {**read_limits(self.csd).limits, **self.unit.stream_limits()}
+        return Bandwidth("csd flash", {k: v * self.machine.csd_count for k, v in limits.items()})
+
+    def prefill(self, graph: Graph, layers: int) -> None:
+        self.prefill_layers(graph, layers)
+
+    def store_prefill(self, graph: Graph, qkv: int) -> None:
+        w = self.workload
+        size = w.batch * w.input_tokens * self.model.kv_bytes_per_token_layer * self.stored_copies
+        graph.move("store kv", "kv access", ("pcie from gpu", "to drives", "csd program"), size, [qkv])
+
+    def reads(self, context: int) -> KvReads:
+        """What one layer's attention reads and computes over all drives in a step."""
+        w, m = self.workload, self.model
+        groups = context // self.group_tokens
+        size = w.batch * m.kv_heads * groups * 2.0 * self.csd.page_bytes
+        scores = float(w.batch * m.heads * (context + 1))
+        return KvReads(
+            size, commands=w.batch * m.kv_heads, dot_flops=4 * scores * m.head_size, softmax_values=scores
+        )
+
+    def decode(self, graph: Graph, context: int, layers: int) -> None:
+        w, m = self.workload, self.model
+        before, after = self.layer_kernels(w.batch)
+        qkv_bytes = w.batch * (m.heads + 2 * m.kv_heads) * m.head_size * FP16_BYTES
+        out_bytes = w.batch * m.heads * m.head_size * FP16_BYTES
+        done: list[int] = []
+        for layer in range(layers):
+            graph.layer = layer
+            ready = [self.framework(graph, done[-1:])]
+            qkv = graph.work("qkv", before[1], "gpu", before[0], ready)
+            path = ("pcie from gpu", "to drives")
+            sent = graph.move("q, k, v", "transfer", path, qkv_bytes, [qkv], latency_s=self._command_s())
+            attended = self.attend(graph, context, sent)
+            back = graph.move("outputs", "transfer", ("from drives", "pcie to gpu"), out_bytes, attended)
+            new_kv = w.batch * m.kv_bytes_per_token_layer * self.stored_copies
+            graph.move("append kv", "kv access", ("csd program",), new_kv, [sent])
+            done.append(graph.work("o, ffn", after[1], "gpu", after[0], [back]))
+        graph.layer = SETUP
+        self.finish(graph, done)
+
+    def _command_s(self) -> float:
+        """Submission of one `attend` per drive, in turn, and the link's latency."""
+        link = self.machine.csd_link
+        assert link is not None
+        return (self.machine.csd_count * self.csd.command_host_us + link.latency_us) * 1e-6
+
+    def attend(self, graph: Graph, context: int, sent: int) -> list[int]:
+        """Flash reads and the unit's work of one layer; returns what the outputs wait for."""
+        reads, unit = self.reads(context), self.unit
+        ramp = first_page_us(self.csd) * 1e-6
+        read = graph.move("read kv", "kv access", ("csd flash",), reads.size_bytes, [sent], latency_s=ramp)
+        busy = unit.seconds(reads, self.machine.csd_count)
+        after = [sent] if unit.streams else [read]
+        return [read, graph.work("attend", "csd compute", "csd unit", busy, after)]
+
+    def flash_written_per_token(self) -> float:
+        w = self.workload
+        return self.model.kv_bytes_per_token * self.stored_copies * w.total_tokens / w.output_tokens
+
+    def provenance(self) -> list[dict[str, Any]]:
+        return self.unit.provenance()
+
+    def policy(self) -> dict[str, Any]:
+        return {
+            "drives": self.machine.csd_count,
+            "partition": self.machine.csd_partition,
+            "tokens_per_page": self.group_tokens,
+            "engine": self.csd.engine,
+            "overlap": "KV of a prefill layer is written while the next computes; appends flush in the background",
+        }

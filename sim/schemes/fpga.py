@@ -1,0 +1,124 @@
+"""The whole decoder on an FPGA card, quantised weights and KV in HBM: AccLLM, FlightLLM, this repository's engine."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from sim import measured
+from sim.core.graph import SETUP, Graph
+from sim.describe.devices import Fpga
+from sim.devices import fpga as engine
+from sim.result import Residency
+from sim.schemes.base import GB, Scheme
+
+
+class FpgaEngine(Scheme):
+    """Engine and HBM of one card. Matrix products stream weights once per step for the whole batch."""
+
+    name: ClassVar[str] = "fpga"
+    needs: ClassVar[tuple[str, ...]] = ("fpga",)
+
+    @property
+    def fpga(self) -> Fpga:
+        """The card."""
+        return self.machine.part("fpga", self.name)
+
+    def kept_tokens(self) -> int:
+        """Cached tokens per sequence at its end."""
+        return engine.attended_tokens(self.fpga, self.workload.total_tokens)
+
+    def residency(self) -> list[Residency]:
+        m, fpga = self.model, self.fpga
+        kv = self.workload.batch * self.kept_tokens() * m.layers * engine.kv_bytes_per_token_layer(fpga, m)
+        used = engine.stored_bytes(fpga, m) + kv
+        return [Residency(tier="FPGA HBM", used_gb=used / GB, capacity_gb=fpga.hbm_gb)]
+
+    def connect(self) -> None:
+        self._pipe("hbm", engine.memory_bandwidth(self.fpga))
+
+    def prefill(self, graph: Graph, layers: int) -> None:
+        w, m, fpga = self.workload, self.model, self.fpga
+        tokens = w.batch * w.input_tokens
+        weights = self._layer_macs(tokens)
+        attended = engine.attended_tokens(fpga, w.input_tokens)
+        pairs = attended * (w.input_tokens - attended / 2) * w.batch
+        done: list[int] = []
+        for layer in range(layers):
+            graph.layer = layer
+            size = engine.layer_bytes(fpga, m, tokens)
+            read = graph.move("weights", "weight access", ("hbm",), size, done[-1:])
+            linear = graph.work(
+                "matrix products", "compute", "engine", weights / engine.macs_per_s(fpga), done[-1:]
+            )
+            scores = 2 * pairs * m.heads * m.head_size / engine.macs_per_s(fpga)
+            done.append(graph.work("attention", "compute", "engine", scores, [read, linear]))
+        graph.layer = SETUP
+        self._head(graph, done)
+
+    def decode(self, graph: Graph, context: int, layers: int) -> None:
+        w, m, fpga = self.workload, self.model, self.fpga
+        weights = self._layer_macs(w.batch)
+        tokens = engine.attended_tokens(fpga, context)
+        kv_bytes = w.batch * tokens * engine.kv_bytes_per_token_layer(fpga, m)
+        done = [graph.work("token in", "framework", "host", fpga.host_us_per_token * 1e-6)]
+        for layer in range(layers):
+            graph.layer = layer
+            size = engine.layer_bytes(fpga, m, w.batch)
+            linear = self._stream(
+                graph, "weights", "weight access", size, engine.PRODUCTS_PER_LAYER, weights, done[-1:]
+            )
+            pairs = 2 * w.batch * tokens * m.heads * m.head_size
+            done += self._stream(graph, "cached k, v", "kv access", kv_bytes, w.batch, pairs, linear)
+        graph.layer = SETUP
+        self._head(graph, done)
+
+    def _layer_macs(self, tokens: int) -> float:
+        m = self.model
+        return (
+            (m.attention_weights + m.experts_per_token * m.ffn_weights)
+            * tokens
+            * engine.kept_share(self.fpga)
+        )
+
+    def _stream(
+        self,
+        graph: Graph,
+        name: str,
+        category: str,
+        size: float,
+        commands: int,
+        macs: float,
+        after: list[int],
+    ) -> list[int]:
+        """Operands from HBM and the engine's cycles on them, at the same time; the later one ends it."""
+        seconds = engine.stream_s(self.fpga, size, commands)
+        compute = macs / engine.macs_per_s(self.fpga)
+        if compute > seconds:
+            seconds, category = compute, "compute"
+        graph.move(name, category, ("hbm",), size, after)
+        return [graph.work(name, category, "engine", seconds, after)]
+
+    def _head(self, graph: Graph, done: list[int]) -> None:
+        m, fpga, batch = self.model, self.fpga, self.workload.batch
+        self._stream(
+            graph,
+            "lm head",
+            "weight access",
+            engine.head_bytes(fpga, m),
+            1,
+            m.head_weights * batch,
+            done[-1:],
+        )
+
+    def provenance(self) -> list[dict[str, Any]]:
+        return [measured.fit(engine.MATRIX_BLOCKS).provenance()] if self.fpga.engine == "rtl" else []
+
+    def policy(self) -> dict[str, Any]:
+        fpga = self.fpga
+        return {
+            "engine": fpga.engine,
+            "weight_bits": engine.weight_bits(fpga),
+            "kv_format": fpga.kv_format,
+            "sink_tokens": fpga.sink_tokens,
+            "window_tokens": fpga.window_tokens,
+        }

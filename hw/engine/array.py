@@ -4,9 +4,9 @@ A pair of rows owns 32 multipliers of 27 x 18 bits, and each does two multiply-a
 
 - dense: `(w1 + w2 * 2**18) * a`: two rows share an activation. Stored fields are unsigned, so the operand is a
   concatenation; chains of four keep both 18-bit fields exact (4 * 255 * 127 < 2**17).
-- 2:4: `(a1 + a2 * 2**15) * (w2 + w1 * 2**15)`: nothing is shared, the middle field is `a1 * w1 + a2 * w2` (pair-dot). a1 enters
-  as a1 + 128, so that this operand too is a concatenation; `128 * sum(w1)` is taken off again, and w1 is odd, so the
-  borrow of a negative w2 just clears its lowest bit.
+- 2:4: `(a1 + a2 * 2**15) * (w2 + w1 * 2**15)`: nothing is shared, the middle field is `a1 * w1 + a2 * w2` (pair-dot).
+  a1 enters as a1 + 128, so that this operand too is a concatenation; `128 * sum(w1)` is taken off again, and w1 is odd,
+  so the borrow of a negative w2 just clears its lowest bit.
 
 The weight operands stay while activation vectors pass: matrix-vector is the case of one vector.
 """
@@ -37,10 +37,10 @@ class LanePair(wiring.Component):
     """Dot products of two output rows with 32 (dense) or 64 (2:4) activations per cycle.
 
     `load` takes a weight step; it is used from the next cycle on, with the `acts` of that cycle. `correction` (what the
-    offset of dense codes added: 128 * sum of the activations, or 0) belongs to the dot products four cycles later.
+    offset of dense codes added: 128 * sum of the activations, or 0) comes `latency - 1` cycles after its activations.
     `dots` of the activations of cycle t are valid in cycle t + `latency`.
 
-    `planes[p]`: 128 bits, row r and position k at bit `(r * 32 + k) * 2`. `patterns`: 3 bits at `(r * 16 + quad) * 3`.
+    `planes[p]`: row r and position k at bit `(r * 32 + k) * 2`. `patterns[j]`: bit j of a pattern at `r * 16 + quad`.
     `dense_acts`: the 32 activations of a dense step; `acts`: the 64 of a 2:4 step.
     """
 
@@ -52,7 +52,7 @@ class LanePair(wiring.Component):
                 "load": In(1),
                 "sparse": In(1),
                 "planes": In(data.ArrayLayout(unsigned(4 * STEP), 4)),
-                "patterns": In(6 * QUADS),
+                "patterns": In(data.ArrayLayout(unsigned(2 * QUADS), 3)),
                 "dense_acts": In(8 * STEP),
                 "acts": In(16 * STEP),
                 "correction": In(signed(DOT_BITS)),
@@ -85,7 +85,7 @@ class LanePair(wiring.Component):
                     bit = (r * STEP + k) * 2
                     m.d.sync += weights[r][k].eq(Cat(plane[bit : bit + 2] for plane in self.planes))
             for j in range(STEP):
-                one, two = _pattern_selects(self.patterns[3 * j : 3 * j + 3])
+                one, two = _pattern_selects(Cat(plane[j] for plane in self.patterns))
                 m.d.sync += [
                     first[j].eq(Mux(self.sparse, one, 3)),
                     second[j].eq(Mux(self.sparse, two, 0)),

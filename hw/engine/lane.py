@@ -5,7 +5,7 @@ from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
 from golden.spec.formats import ATTN_ACC_BITS
-from hw.engine.array import DOT_BITS
+from hw.engine.array import DOT_BITS, LanePair
 from hw.lib.memories import TypedMemory
 
 BANKS = 2
@@ -48,8 +48,9 @@ class Lane(wiring.Component):
 
     Weights and keys: scale and minimum are the row's fp16 records and `addend` the sum of the activations.
     Values: the product is `dot << shift`, plus `addend` as it is; scale and minimum are ignored.
-    Accumulator `slot` = bank * vectors + vector, 56 bits. `dot`, `scale`, `minimum` and `control` belong to the same cycle;
-    the accumulator holds the result `latency` cycles later. `drained` reads accumulator `drain` combinationally.
+    Accumulator `slot` = bank * vectors + vector, 56 bits. `load` takes `scale` and `minimum` with the weight step of the
+    multipliers; they meet the dot products of that step. `dot` and `control` belong to the same cycle; the accumulator
+    holds the result `latency` cycles later. `drained` reads accumulator `drain` combinationally.
     """
 
     latency = 4
@@ -58,6 +59,7 @@ class Lane(wiring.Component):
         self._slots = BANKS * vectors
         super().__init__(
             {
+                "load": In(1),
                 "dot": In(signed(DOT_BITS)),
                 "scale": In(16),
                 "minimum": In(16),
@@ -70,7 +72,7 @@ class Lane(wiring.Component):
     def elaborate(self, platform):
         m = Module()
         wide = ATTN_ACC_BITS
-        scale, minimum = data.View(Half, self.scale), data.View(Half, self.minimum)
+        scale, minimum = self._records(m)
         c1, c2, c3 = (Signal(LaneControl, name=f"control_{i}") for i in (1, 2, 3))
         m.d.sync += [c1.eq(self.control), c2.eq(c1), c3.eq(c2)]
 
@@ -101,3 +103,16 @@ class Lane(wiring.Component):
             self.drained.eq(acc.r[1].data),
         ]
         return m
+
+    def _records(self, m):
+        """The step's fp16 records, delayed as the multipliers delay its codes."""
+        records = Cat(self.scale, self.minimum)
+        for stage in range(1 + LanePair.latency):
+            later = Signal(32, name=f"records_{stage}")
+            if stage == 0:
+                with m.If(self.load):
+                    m.d.sync += later.eq(records)
+            else:
+                m.d.sync += later.eq(records)
+            records = later
+        return data.View(Half, records[:16]), data.View(Half, records[16:])

@@ -7,6 +7,7 @@ from amaranth.back import rtlil, verilog
 from amaranth.lib import wiring
 
 from hw.flow.cache import cached_directory, content_key
+from hw.lib.shared import SharedModules
 
 
 @dataclass(frozen=True)
@@ -30,14 +31,22 @@ def emit(component: wiring.Component, top: str) -> Design:
     """Convert `component` to Verilog with module name `top`.
 
     Source locations are left out, so the text depends on the design alone. The conversion through Yosys is
-    cached by the hash of the design's RTLIL.
+    cached by the hash of the design's RTLIL. Components placed with `hw.lib.shared.place` are one module each.
     """
     ports = _ports(component)
-    intermediate = rtlil.convert(component, name=top, emit_src=False)
+    modules = SharedModules()
+    texts = [rtlil.convert(component, name=top, platform=modules, emit_src=False)]
+    done: set[str] = set()
+    while missing := [name for name in modules.components if name not in done]:
+        for name in missing:
+            shared = modules.components[name]
+            texts.append(rtlil.convert(shared, name=name, platform=modules, emit_src=False))
+        done |= set(missing)
+    intermediate = "\n".join(texts)
 
     def build(work: Any) -> None:
-        text = verilog.convert(component, name=top, emit_src=False, strip_internal_attrs=True)
-        (work / f"{top}.v").write_text(text)
+        parts = [verilog._convert_rtlil_text(text, strip_internal_attrs=True) for text in texts]
+        (work / f"{top}.v").write_text("\n".join(parts))
 
     directory = cached_directory("verilog", content_key(top, intermediate), build)
     return Design(top, (directory / f"{top}.v").read_text(), ports)

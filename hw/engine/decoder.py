@@ -1,0 +1,386 @@
+"""From 64-byte words to weight steps: one control for all channels, a register datapath per channel.
+
+The channels' words are taken together (each channel has a deep prefetch FIFO in front, so a late channel delays the
+others only when its FIFO runs dry). The order of words is `golden.spec.engine.StreamFormat`.
+"""
+
+from amaranth import Cat, Const, Module, Mux, Signal, Value, unsigned
+from amaranth.lib import data, stream, wiring
+from amaranth.lib.wiring import In, Out
+
+from golden.spec.engine import STEP, WORD_BITS, Codes, EngineConfig
+from hw.engine.interfaces import word_stream
+from hw.lib.shared import place
+from hw.lib.streams import StreamFIFO, connect
+
+PATTERN_WORDS = 3
+
+
+class StreamOp(data.Struct):
+    """What the decoder needs of a matrix instruction."""
+
+    codes: 2
+    scaled: 1
+    minimum: 1
+    group_steps: 4
+    blocks: 16
+    steps: 16
+
+
+class ChannelControl(data.Struct):
+    """One cycle's work of every channel: `take_*` capture the word, `next_*` promote what was captured."""
+
+    take_scale: 1
+    take_pattern: 1
+    pattern: 2
+    take_code: 1
+    next_scale: 1
+    shift_scale: 1
+    next_pattern: 1
+    shift_pattern: 1
+    next_code: 1
+    emit: 1
+    codes: 2
+    minimum: 1
+    chunk: 2
+
+
+class Step(data.StructLayout):
+    """A channel's weight step: planes of two bits, 2:4 patterns, fp16 records per lane."""
+
+    def __init__(self, lanes: int):
+        super().__init__(
+            {
+                "planes": data.ArrayLayout(unsigned(lanes * STEP * 2), 4),
+                "patterns": data.ArrayLayout(unsigned(lanes * STEP // 2), PATTERN_WORDS),
+                "scale": data.ArrayLayout(unsigned(16), lanes),
+                "minimum": data.ArrayLayout(unsigned(16), lanes),
+            }
+        )
+
+
+class ChannelPlanes(wiring.Component):
+    """Registers of one channel: captured words, the word in use, the assembled step."""
+
+    def __init__(self, lanes: int):
+        self._lanes = lanes
+        super().__init__(
+            {
+                "word": In(WORD_BITS),
+                "control": In(ChannelControl),
+                "step": Out(Step(lanes)),
+                "illegal": Out(1),
+            }
+        )
+
+    def elaborate(self, platform):
+        m = Module()
+        self._codes(m)
+        self._patterns(m)
+        self._scales(m)
+        return m
+
+    def _codes(self, m):
+        """A word holds `per_word` planes; `chunk` planes of it at a time enter the step."""
+        c, plane = self.control, self._lanes * STEP * 2
+        per_word = WORD_BITS // plane
+        waiting, current = Signal(WORD_BITS), Signal(WORD_BITS)
+        with m.If(c.take_code):
+            m.d.sync += waiting.eq(self.word)
+        planes = {Codes.U8: 4, Codes.U4: 2, Codes.U2: 1, Codes.S24: 1}
+        with m.If(c.emit):
+            with m.Switch(c.codes):
+                for codes, count in planes.items():
+                    taken = min(count, per_word)
+                    with m.Case(codes):
+                        m.d.sync += current.eq(current >> (taken * plane))
+                        for chunk in range(count // taken):
+                            with m.If(c.chunk == chunk):
+                                for p in range(taken):
+                                    m.d.sync += self.step.planes[chunk * taken + p].eq(
+                                        current[p * plane :][:plane]
+                                    )
+                        for p in range(count, 4):
+                            m.d.sync += self.step.planes[p].eq(0)
+        with m.If(c.next_code):
+            m.d.sync += current.eq(waiting)
+
+    def _patterns(self, m):
+        c, width, kept = self.control, self._lanes * STEP // 2, []
+        for bit in range(PATTERN_WORDS):
+            waiting, current = (
+                Signal(WORD_BITS, name=f"waiting_{bit}"),
+                Signal(WORD_BITS, name=f"current_{bit}"),
+            )
+            with m.If(c.take_pattern & (c.pattern == bit)):
+                m.d.sync += waiting.eq(self.word)
+            with m.If(c.emit):
+                m.d.sync += self.step.patterns[bit].eq(current[:width])
+            with m.If(c.shift_pattern):
+                m.d.sync += current.eq(current >> width)
+            with m.If(c.next_pattern):
+                m.d.sync += current.eq(waiting)
+            kept.append(current)
+        m.d.comb += self.illegal.eq(c.shift_pattern & (kept[1] & kept[2])[:width].any())
+
+    def _scales(self, m):
+        c, lanes = self.control, self._lanes
+        waiting, current = Signal(WORD_BITS), Signal(WORD_BITS)
+        with m.If(c.take_scale):
+            m.d.sync += waiting.eq(self.word)
+        with m.If(c.emit):
+            for lane in range(lanes):
+                pair, single = current[32 * lane :][:32], current[16 * lane :][:16]
+                m.d.sync += [
+                    self.step.scale[lane].eq(Mux(c.minimum, pair[:16], single)),
+                    self.step.minimum[lane].eq(Mux(c.minimum, pair[16:], 0)),
+                ]
+        with m.If(c.shift_scale):
+            m.d.sync += current.eq(Mux(c.minimum, current >> (32 * lanes), current >> (16 * lanes)))
+        with m.If(c.next_scale):
+            m.d.sync += current.eq(waiting)
+
+
+def _format_constants(m, config: EngineConfig, op, name: str):
+    """(steps per code word, words per step, steps per scale word) of an operation's format."""
+    lanes = config.lanes_per_channel
+    per_word = WORD_BITS // (lanes * STEP * 2)
+    steps_per_word, words_per_step = Signal(3, name=f"{name}_steps"), Signal(3, name=f"{name}_words")
+    with m.Switch(op.codes):
+        for codes, planes in ((Codes.U8, 4), (Codes.U4, 2)):
+            with m.Case(codes):
+                m.d.comb += [
+                    steps_per_word.eq(max(1, per_word // planes)),
+                    words_per_step.eq(max(1, planes // per_word)),
+                ]
+        with m.Default():
+            m.d.comb += [steps_per_word.eq(per_word), words_per_step.eq(1)]
+    pairs, singles = WORD_BITS // (32 * lanes), WORD_BITS // (16 * lanes)
+    return steps_per_word, words_per_step, Mux(op.minimum, op.group_steps * pairs, op.group_steps * singles)
+
+
+class Incoming(wiring.Component):
+    """Says of which kind the next word of the channels is: scale, pattern or code word.
+
+    `take` moves one word on. Operations are accepted while none is in progress (one idle cycle between operations).
+    """
+
+    def __init__(self, config: EngineConfig):
+        self._config = config
+        super().__init__(
+            {
+                "op": In(stream.Signature(StreamOp)),
+                "busy": Out(1),
+                "take": In(1),
+                "scale": Out(1),
+                "pattern": Out(1),
+                "code": Out(1),
+                "index": Out(2),
+            }
+        )
+
+    def elaborate(self, platform):
+        m = Module()
+        op = Signal(StreamOp)
+        per_word, words, scale_period = _format_constants(m, self._config, op, "format")
+        pattern_period = WORD_BITS // (self._config.lanes_per_channel * STEP // 2)
+        done, block = Signal(16), Signal(16)
+        scale_left, pattern_left = Signal(8), Signal(6)
+        need_scale, need_pattern = Signal(), Signal()
+        end = Signal()
+        m.d.comb += [
+            need_scale.eq(op.scaled & (scale_left == 0)),
+            need_pattern.eq((op.codes == Codes.S24) & (pattern_left == 0)),
+            self.scale.eq(self.busy & need_scale),
+            self.pattern.eq(self.busy & ~need_scale & need_pattern),
+            self.code.eq(self.busy & ~need_scale & ~need_pattern),
+            end.eq(done + per_word >= op.steps),
+            self.op.ready.eq(~self.busy),
+        ]
+        with m.If(self.op.valid & self.op.ready):
+            m.d.sync += [Value.cast(op).eq(Value.cast(self.op.payload)), self.busy.eq(1)]
+            m.d.sync += [x.eq(0) for x in (done, block, scale_left, pattern_left, self.index)]
+        with m.If(self.take & self.scale):
+            m.d.sync += scale_left.eq(scale_period)
+        with m.If(self.take & self.pattern):
+            m.d.sync += self.index.eq(self.index + 1)
+            with m.If(self.index == PATTERN_WORDS - 1):
+                m.d.sync += [pattern_left.eq(pattern_period), self.index.eq(0)]
+        with m.If(self.take & self.code):
+            m.d.sync += self.index.eq(self.index + 1)
+            with m.If(self.index == words - 1):
+                m.d.sync += [
+                    self.index.eq(0),
+                    done.eq(done + per_word),
+                    scale_left.eq(scale_left - Mux(op.scaled, per_word, 0)),
+                    pattern_left.eq(pattern_left - Mux(op.codes == Codes.S24, per_word, 0)),
+                ]
+                with m.If(end):
+                    m.d.sync += [x.eq(0) for x in (done, scale_left, pattern_left)]
+                    m.d.sync += [block.eq(block + 1), self.busy.eq(block != op.blocks - 1)]
+        return m
+
+
+class Outgoing(wiring.Component):
+    """Counts emitted steps: where code, pattern and scale words and groups end for the chunk at hand."""
+
+    def __init__(self, config: EngineConfig):
+        self._config = config
+        super().__init__(
+            {
+                "op": In(stream.Signature(StreamOp)),
+                "emit": In(1),
+                "current": Out(StreamOp),
+                "busy": Out(1),
+                "chunk": Out(2),
+                "complete": Out(1),
+                "group_end": Out(1),
+                "scale_end": Out(1),
+                "pattern_end": Out(1),
+                "code_end": Out(1),
+            }
+        )
+
+    def elaborate(self, platform):
+        m = Module()
+        op = self.current
+        per_word, words, scale_period = _format_constants(m, self._config, op, "format")
+        pattern_period = WORD_BITS // (self._config.lanes_per_channel * STEP // 2)
+        step, block = Signal(16), Signal(16)
+        code, pattern, group, scale = Signal(3), Signal(6), Signal(4), Signal(8)
+        last = Signal()
+        m.d.comb += [
+            last.eq(step == op.steps - 1),
+            self.complete.eq(self.chunk == words - 1),
+            self.group_end.eq(group == op.group_steps - 1),
+            self.scale_end.eq(last | (scale == scale_period - 1)),
+            self.pattern_end.eq(last | (pattern == pattern_period - 1)),
+            self.code_end.eq(~self.complete | last | (code == per_word - 1)),
+            self.op.ready.eq(~self.busy),
+        ]
+        with m.If(self.emit):
+            m.d.sync += self.chunk.eq(Mux(self.complete, 0, self.chunk + 1))
+            with m.If(self.complete):
+                m.d.sync += [
+                    step.eq(Mux(last, 0, step + 1)),
+                    code.eq(Mux(self.code_end, 0, code + 1)),
+                    pattern.eq(Mux(self.pattern_end, 0, pattern + 1)),
+                    group.eq(Mux(self.group_end | last, 0, group + 1)),
+                    scale.eq(Mux(self.scale_end, 0, scale + 1)),
+                ]
+                with m.If(last):
+                    m.d.sync += [block.eq(block + 1), self.busy.eq(block != op.blocks - 1)]
+        with m.If(self.op.valid & self.op.ready):
+            m.d.sync += [Value.cast(op).eq(Value.cast(self.op.payload)), self.busy.eq(1)]
+            m.d.sync += [x.eq(0) for x in (step, block, code, pattern, group, scale, self.chunk)]
+        return m
+
+
+class Decoder(wiring.Component):
+    """Weight steps of every channel, in the order of the operations.
+
+    `op`: operations, buffered; `words[c]`: 64-byte words; `step`: valid while all channels hold a step (`steps[c]`), until
+    `step.ready`. At most one step and one word per cycle; words are taken as long as there is room, so scale and pattern words
+    cost memory beats but no array cycle unless memory is the limit. `taken` is high in a cycle that takes a word.
+
+    `latency`: cycles from the transfer of the last word of a step to the step, when nothing is in front of it.
+    """
+
+    latency = 3
+
+    def __init__(self, config: EngineConfig):
+        self._config = config
+        super().__init__(
+            {
+                "op": In(stream.Signature(StreamOp)),
+                "words": In(word_stream()).array(config.channels),
+                "step": Out(stream.Signature(0)),
+                "steps": Out(Step(config.lanes_per_channel)).array(config.channels),
+                "taken": Out(1),
+                "wanted": Out(1),
+                "illegal": Out(1),
+            }
+        )
+
+    def elaborate(self, platform):
+        m = Module()
+        m.submodules.incoming = incoming = Incoming(self._config)
+        m.submodules.outgoing = outgoing = Outgoing(self._config)
+        m.submodules.ops = ops = StreamFIFO(StreamOp, 2)
+        connect(m, ops.o, outgoing.op)
+        both = Signal()
+        m.d.comb += [
+            both.eq(self.op.valid & incoming.op.ready & ops.i.ready),
+            self.op.ready.eq(both),
+            incoming.op.valid.eq(both),
+            ops.i.valid.eq(both),
+            Value.cast(incoming.op.payload).eq(Value.cast(self.op.payload)),
+            Value.cast(ops.i.payload).eq(Value.cast(self.op.payload)),
+        ]
+        control, illegal = Signal(ChannelControl), []
+        lanes = self._config.lanes_per_channel
+        for c in range(self._config.channels):
+            planes = place(
+                m, platform, f"channel_{c}", f"channel_planes_{lanes}", lambda: ChannelPlanes(lanes)
+            )
+            m.d.comb += [
+                planes.word.eq(self.words[c].payload),
+                Value.cast(planes.control).eq(Value.cast(control)),
+                Value.cast(self.steps[c]).eq(Value.cast(planes.step)),
+            ]
+            illegal.append(planes.illegal)
+        m.d.sync += self.illegal.eq(Cat(illegal).any())
+        self._flow(m, control, incoming, outgoing)
+        return m
+
+    def _flow(self, m, control, incoming, outgoing):
+        """Each kind of word has a waiting and a current place; a step needs the current words of its kinds."""
+        op = outgoing.current
+        needs = {"scale": op.scaled, "pattern": op.codes == Codes.S24, "code": 1}
+        kinds = {
+            "scale": (incoming.scale, outgoing.scale_end & outgoing.complete),
+            "pattern": (
+                incoming.pattern & (incoming.index == PATTERN_WORDS - 1),
+                outgoing.pattern_end & outgoing.complete,
+            ),
+            "code": (incoming.code, outgoing.code_end),
+        }
+        emit, room, ready = Signal(), Const(0), Const(1)
+        for kind, (arrives, ends) in kinds.items():
+            have, full = Signal(name=f"have_{kind}"), Signal(name=f"full_{kind}")
+            drop, promote = Signal(name=f"drop_{kind}"), Signal(name=f"promote_{kind}")
+            m.d.comb += [
+                drop.eq(emit & needs[kind] & ends),
+                promote.eq(full & (~have | drop)),
+                control[f"next_{kind}"].eq(promote),
+            ]
+            with m.If(promote):
+                m.d.sync += [have.eq(1), full.eq(0)]
+            with m.Elif(drop):
+                m.d.sync += have.eq(0)
+            with m.If(self.taken & arrives):
+                m.d.sync += full.eq(1)
+            ready = ready & (have | ~needs[kind])
+            room = room | (getattr(incoming, kind) & (~full | promote))
+        m.d.comb += [
+            emit.eq(outgoing.busy & ready & (~self.step.valid | self.step.ready)),
+            outgoing.emit.eq(emit),
+            self.wanted.eq(room),
+            self.taken.eq(room & Cat(w.valid for w in self.words).all()),
+            incoming.take.eq(self.taken),
+            *(w.ready.eq(self.taken) for w in self.words),
+            control.take_scale.eq(self.taken & incoming.scale),
+            control.take_pattern.eq(self.taken & incoming.pattern),
+            control.take_code.eq(self.taken & incoming.code),
+            control.pattern.eq(incoming.index),
+            control.emit.eq(emit),
+            control.codes.eq(op.codes),
+            control.minimum.eq(op.minimum),
+            control.chunk.eq(outgoing.chunk),
+            control.shift_scale.eq(emit & outgoing.complete & outgoing.group_end & op.scaled),
+            control.shift_pattern.eq(emit & (op.codes == Codes.S24)),
+        ]
+        with m.If(emit & outgoing.complete):
+            m.d.sync += self.step.valid.eq(1)
+        with m.Elif(self.step.ready):
+            m.d.sync += self.step.valid.eq(0)

@@ -1,0 +1,305 @@
+"""The matrix unit: weight words and activation codes in, Q16 vectors out.
+
+One unit for matrix-vector and matrix-matrix products of every weight format and for both products of attention:
+docs/engine.md sections 2 and 3 say what it computes, `hw.timing` how long it takes.
+"""
+
+from amaranth import Cat, Const, Module, Mux, Signal, Value, signed, unsigned
+from amaranth.lib import data, stream, wiring
+from amaranth.lib.wiring import In, Out
+
+from golden.spec.engine import SIDE_BITS, STEP, WORD_BITS, Codes, EngineConfig, Error
+from hw.engine.array import DOT_BITS, LanePair
+from hw.engine.decoder import Decoder
+from hw.engine.drain import Drain, DrainOp
+from hw.engine.interfaces import (
+    GroupSide,
+    MatrixOp,
+    act_write,
+    table_write,
+    vb_read,
+    vb_write,
+    word_stream,
+)
+from hw.engine.lane import BANKS, Lane, LaneControl
+from hw.lib.memories import TypedMemory
+from hw.lib.shared import place
+from hw.lib.streams import StreamFIFO, connect
+
+ISSUE_TO_FINAL = 1 + LanePair.latency + Lane.latency
+"""Cycles from the issue of a step and vector to the first cycle in which its accumulator can be drained."""
+
+
+class ActBuffer(wiring.Component):
+    """The A8 buffer: groups of 32 codes with sidecars, written one at a time, read as 64-byte words.
+
+    `group` of `w` is visible to a read of the next cycle; read data one cycle after `addr`.
+    """
+
+    def __init__(self, words: int):
+        self._words = words
+        super().__init__(
+            {
+                "w": In(act_write()),
+                "addr": In(range(words)),
+                "codes": Out(WORD_BITS),
+                "sides": Out(data.ArrayLayout(GroupSide, 2)),
+            }
+        )
+
+    def elaborate(self, platform):
+        m = Module()
+        for half in range(2):
+            codes, sides = (
+                TypedMemory(unsigned(8 * STEP), self._words),
+                TypedMemory(unsigned(SIDE_BITS), self._words),
+            )
+            m.submodules[f"codes_{half}"], m.submodules[f"sides_{half}"] = codes, sides
+            for memory, value in ((codes, self.w.codes), (sides, self.w.side)):
+                m.d.comb += [
+                    memory.w.addr.eq(self.w.addr >> 1),
+                    memory.w.data.eq(Value.cast(value)),
+                    memory.w.en.eq(self.w.en & (self.w.addr[0] == half)),
+                    memory.r[0].addr.eq(self.addr),
+                    memory.r[0].en.eq(1),
+                ]
+            m.d.comb += [
+                self.codes[half * 8 * STEP :][: 8 * STEP].eq(codes.r[0].data),
+                Value.cast(self.sides[half]).eq(sides.r[0].data),
+            ]
+        return m
+
+
+class Issue(wiring.Component):
+    """Walks row blocks, steps and vectors; fires one (step, vector) per cycle.
+
+    A step is taken from the decoder with its first vector. The first step of a row block waits for a free accumulator
+    bank. `final` offers each row block when its accumulators are final.
+    """
+
+    def __init__(self, config: EngineConfig):
+        self._config = config
+        super().__init__(
+            {
+                "op": In(stream.Signature(MatrixOp)),
+                "step": In(stream.Signature(0)),
+                "free": In(1),
+                "fire": Out(1),
+                "load": Out(1),
+                "addr": Out(range(config.act_words)),
+                "half": Out(1),
+                "sparse": Out(1),
+                "offset": Out(1),
+                "values": Out(1),
+                "first": Out(1),
+                "slot": Out(range(BANKS * config.tokens)),
+                "final": Out(stream.Signature(DrainOp)),
+                "no_weights": Out(1),
+                "no_bank": Out(1),
+            }
+        )
+
+    def elaborate(self, platform):
+        m = Module()
+        op, busy = Signal(MatrixOp), Signal()
+        step, block, vector = Signal(16), Signal(16), Signal(5)
+        base, bank, pending = Signal(16), Signal(), Signal(range(BANKS + 1))
+        dst = Signal(20)
+        last_vector, last_step, last_block = Signal(), Signal(), Signal()
+        last = Signal()
+        sparse = op.codes == Codes.S24
+        starts = (step == 0) & (vector == 0)
+        blocked = starts & (pending == BANKS)
+        m.d.comb += [
+            last_vector.eq(vector == op.vectors - 1),
+            last_step.eq(step == op.steps - 1),
+            last_block.eq(block == op.blocks - 1),
+            self.no_bank.eq(busy & blocked),
+            self.no_weights.eq(busy & ~blocked & (vector == 0) & ~self.step.valid),
+            self.fire.eq(busy & ~blocked & ((vector != 0) | self.step.valid)),
+            self.load.eq(self.fire & (vector == 0)),
+            self.step.ready.eq(self.load),
+            self.addr.eq(base + Mux(sparse, step, step >> 1)),
+            self.half.eq(step[0]),
+            self.sparse.eq(sparse),
+            self.offset.eq(op.offset),
+            self.values.eq(op.values),
+            self.first.eq(step == 0),
+            self.slot.eq(bank * self._config.tokens + vector),
+            last.eq(self.fire & last_vector & last_step),
+            self.op.ready.eq(~busy | (last & last_block)),
+        ]
+        with m.If(self.fire):
+            m.d.sync += [vector.eq(vector + 1), base.eq(base + op.stride)]
+            with m.If(last_vector):
+                m.d.sync += [vector.eq(0), base.eq(op.addr), step.eq(step + 1)]
+                with m.If(last_step):
+                    blocks = self._config.lanes // self._config.vector_lanes
+                    m.d.sync += [step.eq(0), block.eq(block + 1), bank.eq(~bank), dst.eq(dst + blocks)]
+                    with m.If(last_block):
+                        m.d.sync += busy.eq(0)
+        m.d.sync += pending.eq(pending + (self.fire & starts) - self.free)
+        with m.If(self.op.valid & self.op.ready):
+            new = self.op.p
+            m.d.sync += [Value.cast(op).eq(Value.cast(new)), busy.eq(1), base.eq(new.addr), dst.eq(new.dst)]
+            m.d.sync += [x.eq(0) for x in (step, block, vector)]
+        self._finals(m, op, bank, dst, last, last_block)
+        return m
+
+    def _finals(self, m, op, bank, dst, last, last_block):
+        """Finished blocks wait in a queue (at most two banks) until the pipeline has run dry behind them."""
+        m.submodules.finals = finals = StreamFIFO(DrainOp, BANKS)
+        finished = Signal(ISSUE_TO_FINAL - 1)
+        ready = Signal(range(BANKS + 1))
+        item = finals.i.p
+        m.d.comb += [
+            finals.i.valid.eq(last),
+            item.bank.eq(bank),
+            item.vectors.eq(op.vectors),
+            item.table.eq(op.table),
+            item.dst.eq(dst),
+            item.dst_stride.eq(op.dst_stride),
+            item.accumulate.eq(op.accumulate),
+            item.vec_group.eq(op.vec_group),
+            item.vec_rows.eq(op.vec_rows),
+            item.last.eq(last_block),
+            Value.cast(self.final.payload).eq(Value.cast(finals.o.payload)),
+            self.final.valid.eq(finals.o.valid & (ready != 0)),
+            finals.o.ready.eq(self.final.ready & (ready != 0)),
+        ]
+        m.d.sync += [
+            finished.eq(Cat(last, finished)),
+            ready.eq(ready + finished[-1] - (self.final.valid & self.final.ready)),
+        ]
+
+
+class MatrixUnit(wiring.Component):
+    """Everything between the memory channels and the vector buffer.
+
+    `op`: operations, in order, two buffered ahead; `done` pulses when an operation's last output is in the vector buffer.
+    `words[c]`: the weight channels. `act`, `table`: writes of activation groups and output scales (visible to operations
+    that are accepted later). `y`, `old`: the vector buffer, never made to wait. `error` stays at `Error.PATTERN` after an
+    illegal 2:4 pattern. `fired`, `no_weights`, `no_bank`, `taken` count in the controller.
+    """
+
+    def __init__(self, config: EngineConfig):
+        self._config = config
+        super().__init__(
+            {
+                "op": In(stream.Signature(MatrixOp)),
+                "done": Out(1),
+                "error": Out(4),
+                "words": In(word_stream()).array(config.channels),
+                "act": In(act_write()),
+                "table": In(table_write()),
+                "y": Out(vb_write(config)),
+                "old": Out(vb_read(config)),
+                "fired": Out(1),
+                "no_weights": Out(1),
+                "no_bank": Out(1),
+                "taken": Out(1),
+            }
+        )
+
+    def elaborate(self, platform):
+        m = Module()
+        m.submodules.decoder = decoder = Decoder(self._config)
+        m.submodules.issue = issue = Issue(self._config)
+        m.submodules.acts = acts = ActBuffer(self._config.act_words)
+        m.submodules.drain = drain = Drain(self._config)
+        self._operations(m, decoder, issue)
+        connect(m, decoder.step, issue.step)
+        connect(m, issue.final, drain.i)
+        connect(m, wiring.flipped(self.act), acts.w)
+        connect(m, wiring.flipped(self.table), drain.table)
+        connect(m, drain.y, wiring.flipped(self.y))
+        connect(m, drain.old, wiring.flipped(self.old))
+        for c, words in enumerate(self.words):
+            connect(m, wiring.flipped(words), decoder.words[c])
+        m.d.comb += [
+            acts.addr.eq(issue.addr),
+            issue.free.eq(drain.free),
+            self.done.eq(drain.done),
+            self.fired.eq(issue.fire),
+            self.no_weights.eq(issue.no_weights),
+            self.no_bank.eq(issue.no_bank),
+            self.taken.eq(decoder.taken),
+        ]
+        with m.If(decoder.illegal):
+            m.d.sync += self.error.eq(Error.PATTERN)
+        self._lanes(m, platform, decoder, issue, acts, drain)
+        return m
+
+    def _operations(self, m, decoder, issue):
+        m.submodules.ops = ops = StreamFIFO(MatrixOp, 2)
+        connect(m, ops.o, issue.op)
+        m.d.comb += [
+            Value.cast(ops.i.payload).eq(Value.cast(self.op.payload)),
+            ops.i.valid.eq(self.op.valid & decoder.op.ready),
+            decoder.op.valid.eq(self.op.valid & ops.i.ready),
+            self.op.ready.eq(ops.i.ready & decoder.op.ready),
+        ]
+        for name in ("codes", "scaled", "minimum", "group_steps", "blocks", "steps"):
+            m.d.comb += decoder.op.p[name].eq(self.op.p[name])
+
+    def _lanes(self, m, platform, decoder, issue, acts, drain):
+        """The shared part of the pipeline: activations, sidecars and control, delayed to where lanes want them."""
+        now = Signal(LaneControl)
+        half, offset = Signal(), Signal()
+        m.d.sync += [
+            now.valid.eq(issue.fire),
+            now.values.eq(issue.values),
+            now.first.eq(issue.first),
+            now.slot.eq(issue.slot),
+            half.eq(issue.half),
+            offset.eq(issue.offset),
+        ]
+        control = Signal(LaneControl, name="control_0")
+        side = acts.sides[half]
+        m.d.comb += [
+            Value.cast(control).eq(Value.cast(now)),
+            control.addend.eq(side.addend),
+            control.shift.eq(side.shift),
+            control.decay.eq(side.decay),
+        ]
+        dense = Signal(8 * STEP)
+        m.d.comb += dense.eq(Mux(half, acts.codes[8 * STEP :], acts.codes[: 8 * STEP]))
+        correction = Mux(
+            offset, Cat(Const(0, 7), side.addend[: DOT_BITS - 7]).as_signed(), Const(0, signed(DOT_BITS))
+        )
+        correction = self._delayed(m, "correction", correction, LanePair.latency - 1)
+        final = self._delayed(m, "control", control, LanePair.latency)
+        tokens = self._config.tokens
+        for pair in range(self._config.lanes // 2):
+            channel, index = divmod(pair, self._config.lanes_per_channel // 2)
+            step = decoder.steps[channel]
+            dots = place(m, platform, f"pair_{pair}", "lane_pair", LanePair)
+            m.d.comb += [
+                dots.load.eq(issue.load),
+                dots.sparse.eq(issue.sparse),
+                dots.dense_acts.eq(dense),
+                dots.acts.eq(acts.codes),
+                dots.correction.eq(correction),
+                *(dots.planes[p].eq(step.planes[p].word_select(index, 4 * STEP)) for p in range(4)),
+                *(dots.patterns[p].eq(step.patterns[p].word_select(index, STEP)) for p in range(3)),
+            ]
+            for row in range(2):
+                lane = place(m, platform, f"lane_{2 * pair + row}", f"lane_{tokens}", lambda: Lane(tokens))
+                source = 2 * index + row
+                m.d.comb += [
+                    lane.load.eq(issue.load),
+                    lane.scale.eq(step.scale[source]),
+                    lane.minimum.eq(step.minimum[source]),
+                    lane.dot.eq(dots.dots[row]),
+                    Value.cast(lane.control).eq(Value.cast(final)),
+                    lane.drain.eq(drain.slot),
+                    drain.acc[2 * pair + row].eq(lane.drained),
+                ]
+
+    @staticmethod
+    def _delayed(m, name, value, cycles):
+        for stage in range(cycles):
+            later = Signal(value.shape(), name=f"{name}_d{stage + 1}")
+            m.d.sync += Value.cast(later).eq(Value.cast(value))
+            value = later
+        return value

@@ -1,0 +1,1 @@
+"""Real operands through Verilated blocks: what the lockstep checks and benchmarks call."""

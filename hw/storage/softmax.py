@@ -65,7 +65,8 @@ class Exp2(wiring.Component):
 class SoftmaxLane(wiring.Component):
     """Ports:
 
-    - `start`: forget everything (a new head); nothing may be in flight.
+    - `start`: forget everything (a new head); nothing may be in flight. With `keep`, a head that was poisoned or had no
+      live token stays poisoned.
     - `valid`, `score`, `slot`, `last`: a present token's score and its place in the group; `last` with the group's last.
       At most `RING` groups may be between here and `release`.
     - `p_valid`, `p`, `p_integer`, `p_slot`, `p_bank`, `p_last`: all 16 probabilities of a group, in slot order.
@@ -79,6 +80,7 @@ class SoftmaxLane(wiring.Component):
     settle = 5
 
     start: In(1)
+    keep: In(1)
     valid: In(1)
     score: In(SCORE_FLAGS)
     slot: In(4)
@@ -194,9 +196,7 @@ class SoftmaxLane(wiring.Component):
         m.d.comb += [exp2.x.eq(x_1), exp2.live.eq(_registered(m, "live_1", live_0))]
         tags = pipe(m, tags_1, Exp2.latency, "tags")
         m.d.comb += [
-            Cat(
-                self.p_valid, self.p_last, self.p_slot, self.p_bank, self.shift, self.maximum
-            ).eq(tags),
+            Cat(self.p_valid, self.p_last, self.p_slot, self.p_bank, self.shift, self.maximum).eq(tags),
             self.p.eq(exp2.p),
             self.p_integer.eq(exp2.integer),
         ]
@@ -214,5 +214,6 @@ class SoftmaxLane(wiring.Component):
             m.d.sync += self.sum.eq(fine + (sum_b << L_EXTRA_FRAC))
 
         with m.If(self.start):
-            m.d.sync += [self.sum.eq(0), self.poisoned.eq(0), maximum.eq(0), seen.eq(0)]
+            m.d.sync += [self.sum.eq(0), maximum.eq(0), seen.eq(0), fresh.eq(1), bank.eq(0), ahead.eq(0)]
+            m.d.sync += self.poisoned.eq(self.keep & (self.poisoned | (self.sum == 0)))
         return m

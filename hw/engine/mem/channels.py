@@ -28,9 +28,8 @@ class StripedReader(wiring.Component):
     fault with `fault_channel`. `abort` until `idle`, and `clear`, as in `ReadChannel`.
 
     Counters (wrap at 2**40, zeroed by `clear`): `busy` cycles with work, `beats` taken from channel 0, `starved`
-    cycles in which the consumer wants a beat of a channel that has none while the reader has work, `blocked` cycles
-    in which every channel offers a beat and the consumer takes none, `full` cycles in which a burst waits for FIFO
-    room.
+    cycles with work in which some channel has no beat to offer, `blocked` cycles in which every channel offers one
+    and the consumer takes none, `full` cycles in which a burst waits for FIFO room.
     """
 
     def __init__(
@@ -156,6 +155,6 @@ class StripedReader(wiring.Component):
         wanted = Cat(o.ready for o in self.o)
         event_counter(m, self.busy, working, self.clear)
         event_counter(m, self.beats, self.o[0].valid & self.o[0].ready, self.clear)
-        event_counter(m, self.starved, working & (wanted & ~offered).any(), self.clear)
+        event_counter(m, self.starved, working & ~offered.all(), self.clear)
         event_counter(m, self.blocked, offered.all() & ~wanted.any(), self.clear)
         event_counter(m, self.full, Cat(port.full for port in self._ports).any(), self.clear)

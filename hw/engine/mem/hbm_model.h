@@ -525,32 +525,32 @@ private:
 
 }  // namespace kvstrata
 
-// --- Verilated designs: connect the pins whose names start with PREFIX ------------------------------------
+// --- Verilated designs: connect the pins whose names start with PREFIX (Verilator writes "__" as "___05F") ---
 #define KV_DRIVE_READ(top, PREFIX, port)                                   \
     do {                                                                   \
-        (top).PREFIX##__arready = (port).arready;                          \
-        (top).PREFIX##__rvalid = (port).rvalid;                            \
-        (top).PREFIX##__rlast = (port).rlast;                              \
-        (top).PREFIX##__rresp = (port).rresp;                              \
-        (top).PREFIX##__rid = (port).rid;                                  \
-        std::memcpy(&(top).PREFIX##__rdata, (port).rdata, sizeof((top).PREFIX##__rdata)); \
+        (top).PREFIX##___05Farready = (port).arready;                          \
+        (top).PREFIX##___05Frvalid = (port).rvalid;                            \
+        (top).PREFIX##___05Frlast = (port).rlast;                              \
+        (top).PREFIX##___05Frresp = (port).rresp;                              \
+        (top).PREFIX##___05Frid = (port).rid;                                  \
+        std::memcpy(&(top).PREFIX##___05Frdata, (port).rdata, sizeof((top).PREFIX##___05Frdata)); \
     } while (0)
 #define KV_CLOCK_READ(top, PREFIX, port, cycle)                                                                   \
-    (port).clock(cycle, (top).PREFIX##__arvalid, (top).PREFIX##__araddr, (top).PREFIX##__arlen, (top).PREFIX##__arsize, \
-                 (top).PREFIX##__arburst, (top).PREFIX##__arid, (top).PREFIX##__rready)
+    (port).clock(cycle, (top).PREFIX##___05Farvalid, (top).PREFIX##___05Faraddr, (top).PREFIX##___05Farlen, (top).PREFIX##___05Farsize, \
+                 (top).PREFIX##___05Farburst, (top).PREFIX##___05Farid, (top).PREFIX##___05Frready)
 #define KV_DRIVE_WRITE(top, PREFIX, port)           \
     do {                                            \
-        (top).PREFIX##__awready = (port).awready;   \
-        (top).PREFIX##__wready = (port).wready;     \
-        (top).PREFIX##__bvalid = (port).bvalid;     \
-        (top).PREFIX##__bresp = (port).bresp;       \
-        (top).PREFIX##__bid = (port).bid;           \
+        (top).PREFIX##___05Fawready = (port).awready;   \
+        (top).PREFIX##___05Fwready = (port).wready;     \
+        (top).PREFIX##___05Fbvalid = (port).bvalid;     \
+        (top).PREFIX##___05Fbresp = (port).bresp;       \
+        (top).PREFIX##___05Fbid = (port).bid;           \
     } while (0)
 #define KV_CLOCK_WRITE(top, PREFIX, port, cycle)                                                                  \
     do {                                                                                                          \
         uint8_t kv_beat[64] = {};                                                                                 \
-        std::memcpy(kv_beat, &(top).PREFIX##__wdata, sizeof((top).PREFIX##__wdata));                              \
-        (port).clock(cycle, (top).PREFIX##__awvalid, (top).PREFIX##__awaddr, (top).PREFIX##__awlen,               \
-                     (top).PREFIX##__awsize, (top).PREFIX##__awburst, (top).PREFIX##__awid, (top).PREFIX##__wvalid, \
-                     kv_beat, (top).PREFIX##__wstrb, (top).PREFIX##__wlast, (top).PREFIX##__bready);              \
+        std::memcpy(kv_beat, &(top).PREFIX##___05Fwdata, sizeof((top).PREFIX##___05Fwdata));                              \
+        (port).clock(cycle, (top).PREFIX##___05Fawvalid, (top).PREFIX##___05Fawaddr, (top).PREFIX##___05Fawlen,               \
+                     (top).PREFIX##___05Fawsize, (top).PREFIX##___05Fawburst, (top).PREFIX##___05Fawid, (top).PREFIX##___05Fwvalid, \
+                     kv_beat, (top).PREFIX##___05Fwstrb, (top).PREFIX##___05Fwlast, (top).PREFIX##___05Fbready);              \
     } while (0)

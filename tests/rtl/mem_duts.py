@@ -6,8 +6,8 @@ from amaranth.lib.wiring import In, Out
 
 from hw.engine.mem.address import AddressGenerator, descriptor_layout
 from hw.engine.mem.axi import axi_read, axi_write
-from hw.engine.mem.channels import StripedReader
 from hw.engine.mem.reader import ReadChannel
+from hw.engine.mem.striped import StripedReader
 from hw.engine.mem.writer import WriteChannel
 from hw.lib.streams import connect
 

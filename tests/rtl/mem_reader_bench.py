@@ -6,8 +6,8 @@ from cocotb.triggers import RisingEdge, with_timeout
 
 from golden.spec.memory import MemoryFault, MemoryModel
 from hw.engine.mem.address import bursts
-from hw.engine.mem.channels import StripedReader
 from hw.engine.mem.hbm import MemoryChannel
+from hw.engine.mem.striped import StripedReader
 from tests.rtl.mem_agents import ReadAgent, fill, get, pause_source, put, reset
 from tests.rtl.mem_duts import ADDR_BITS, BEAT_BYTES, CHANNELS, pack
 

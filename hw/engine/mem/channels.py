@@ -1,79 +1,70 @@
-"""The weight channels: one descriptor walks all pseudo-channels in lock step, each behind its own prefetch FIFO."""
+"""The LOAD unit: weight and KV words of every channel into the array's word streams."""
 
-from amaranth import Cat, Module, ResetInserter, Signal
-from amaranth.lib import stream, wiring
+from amaranth import Module, Signal
+from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
-from golden.spec.memory import MAX_BURST_BEATS, MemoryFault
-from hw.engine.mem.address import AddressGenerator, descriptor_layout
-from hw.engine.mem.axi import Fault, FaultLatch, axi_read, burst_layout, event_counter
-from hw.engine.mem.reader import ReadChannel
-from hw.lib.streams import Fork, StreamFIFO, check_count, connect
+from golden.spec.engine import WORD_BITS, WORD_BYTES, EngineConfig, Error
+from golden.spec.memory import CHANNEL_BYTES, MemoryFault
+from hw.engine.interfaces import LoadOp, unit_port, word_stream
+from hw.engine.mem.axi import axi_read
+from hw.engine.mem.striped import COUNTER_BITS, StripedReader
+from hw.lib.streams import connect
 
-BURST_QUEUE = 4
-"""Bursts that a channel may lag behind the address generator before it holds up the others."""
-COUNTER_BITS = 40
+ADDR_BITS = 32
+OFFSET_BITS = WORD_BYTES.bit_length() - 1
+
+ERROR_OF_FAULT = {
+    MemoryFault.UNALIGNED: Error.ADDRESS,
+    MemoryFault.OUT_OF_REGION: Error.ADDRESS,
+    MemoryFault.EMPTY: Error.SHAPE,
+    MemoryFault.SLVERR: Error.BUS,
+    MemoryFault.DECERR: Error.BUS,
+    MemoryFault.PROTOCOL: Error.BUS,
+}
 
 
-class StripedReader(wiring.Component):
-    """`channels` AXI4 read ports that execute the same descriptors, each on its own memory.
+def error_of(m: Module, fault_code, error) -> None:
+    """Drive `error` (an engine `Error` code) from a `MemoryFault` code."""
+    with m.Switch(fault_code):
+        for fault, code in ERROR_OF_FAULT.items():
+            with m.Case(fault):
+                m.d.comb += error.eq(code)
 
-    Channel c delivers its own memory's beats on `o[c]`, all channels the same addresses in the same order. Channels may
-    drift apart by what their FIFOs hold: a refresh of one is hidden from the others until those run full.
 
-    Timing: `first_beat(L)` cycles from the descriptor's transfer to the first valid beat with memory latency L, then
-    one beat per cycle and channel while the FIFO covers L; `cycles(beats, L)` in all.
+class ChannelReaders(wiring.Component):
+    """Executes `LoadOp`s on all weight channels in lock step (`StripedReader`), one prefetch FIFO per channel.
 
-    `requested` pulses when the last burst of a descriptor has been handed to every channel. `fault` keeps the first
-    fault with `fault_channel`. `abort` until `idle`, and `clear`, as in `ReadChannel`.
+    `unit.done` pulses when a LOAD's last burst is requested: its words arrive in order and the array waits for
+    them. `unit.error` is `Error.ADDRESS`, `SHAPE` or `BUS` and stays until `clear`; `fault_addr` and `fault_channel`
+    say where. An op whose words lie beyond `channel_bytes` is refused before any address leaves.
 
-    Counters (wrap at 2**40, zeroed by `clear`): `busy` cycles with work, `beats` taken from channel 0, `starved`
-    cycles with work in which some channel has no beat to offer, `blocked` cycles in which every channel offers one
-    and the consumer takes none, `full` cycles in which a burst waits for FIFO room.
+    Timing: `first_word(L)` cycles from an op's transfer to the first word, then one word per cycle and channel
+    while the FIFO covers the memory latency L.
     """
 
-    def __init__(
-        self,
-        channels: int,
-        *,
-        addr_bits: int,
-        data_bits: int,
-        fifo_beats: int,
-        levels: int = 1,
-        max_burst: int = MAX_BURST_BEATS,
-        max_bursts: int = 64,
-    ):
-        self._channels = check_count("Memory channels", channels, 1)
-        self._addr_bits = addr_bits
-        self._max_burst = max_burst
-        self._generator = AddressGenerator(
-            addr_bits=addr_bits, data_bits=data_bits, levels=levels, max_burst=max_burst
-        )
-        self._ports = [
-            ReadChannel(
-                addr_bits=addr_bits,
-                data_bits=data_bits,
-                fifo_beats=fifo_beats,
-                max_burst=max_burst,
-                max_bursts=max_bursts,
+    def __init__(self, config: EngineConfig, *, channel_bytes: int = CHANNEL_BYTES):
+        if not WORD_BYTES <= channel_bytes <= 1 << ADDR_BITS or channel_bytes % WORD_BYTES:
+            raise ValueError(
+                f"A channel holds whole words up to {1 << ADDR_BITS} bytes, not {channel_bytes!r}"
             )
-            for _ in range(channels)
-        ]
+        self._config = config
+        self._channel_bytes = channel_bytes
+        self._reader = StripedReader(
+            config.channels, addr_bits=ADDR_BITS, data_bits=WORD_BITS, fifo_beats=config.fifo_words
+        )
         super().__init__(
             {
-                "i": In(stream.Signature(descriptor_layout(addr_bits, levels))),
-                "o": Out(stream.Signature(data_bits)).array(channels),
-                "axi": Out(axi_read(addr_bits, data_bits)).array(channels),
-                "region_base": In(addr_bits),
-                "region_limit": In(addr_bits + 1),
+                "unit": In(unit_port(LoadOp)),
+                "words": Out(word_stream()).array(config.channels),
+                "axi": Out(axi_read(ADDR_BITS, WORD_BITS)).array(config.channels),
                 "abort": In(1),
                 "clear": In(1),
-                "requested": Out(1),
-                "fault": Out(Fault),
-                "fault_channel": Out(range(max(2, channels))),
                 "idle": Out(1),
+                "fault_addr": Out(ADDR_BITS),
+                "fault_channel": Out(range(max(2, config.channels))),
                 "busy": Out(COUNTER_BITS),
-                "beats": Out(COUNTER_BITS),
+                "word_count": Out(COUNTER_BITS),
                 "starved": Out(COUNTER_BITS),
                 "blocked": Out(COUNTER_BITS),
                 "full": Out(COUNTER_BITS),
@@ -81,80 +72,46 @@ class StripedReader(wiring.Component):
         )
 
     @staticmethod
-    def first_beat(memory_latency: int) -> int:
-        """Cycles from a descriptor's transfer to its first valid beat: generator, burst queue, channel, memory."""
-        return AddressGenerator.latency + 1 + ReadChannel.latency + memory_latency
-
-    @classmethod
-    def cycles(cls, beats: int, memory_latency: int) -> int:
-        """Cycles from a descriptor's transfer to that of its last beat, when nothing but latency stalls."""
-        return cls.first_beat(memory_latency) + beats - 1
+    def first_word(memory_latency: int) -> int:
+        """Cycles from an op's transfer to its first valid word."""
+        return StripedReader.first_beat(memory_latency)
 
     def elaborate(self, platform):
         m = Module()
-        generator = m.submodules.generator = self._generator
+        m.submodules.reader = reader = self._reader
+        op, job = self.unit.op, reader.i
+        high = ADDR_BITS - OFFSET_BITS
+        beyond = op.payload.addr[high:].any()
+        refused = Signal()
         m.d.comb += [
-            generator.region_base.eq(self.region_base),
-            generator.region_limit.eq(self.region_limit),
-            generator.abort.eq(self.abort),
-            generator.clear.eq(self.clear),
+            job.payload.addr.eq(op.payload.addr << OFFSET_BITS),
+            job.payload.beats.eq(op.payload.count),
+            job.payload.counts[0].eq(op.payload.runs),
+            job.payload.strides[0].eq(op.payload.stride << OFFSET_BITS),
+            job.valid.eq(op.valid & ~beyond & ~refused),
+            op.ready.eq(job.ready & ~beyond & ~refused),
+            reader.region_base.eq(0),
+            reader.region_limit.eq(self._channel_bytes),
+            reader.abort.eq(self.abort),
+            reader.clear.eq(self.clear),
+            self.unit.done.eq(reader.requested),
+            self.idle.eq(reader.idle),
+            self.fault_addr.eq(reader.fault.addr),
+            self.fault_channel.eq(reader.fault_channel),
+            self.busy.eq(reader.busy),
+            self.word_count.eq(reader.beats),
+            self.starved.eq(reader.starved),
+            self.blocked.eq(reader.blocked),
+            self.full.eq(reader.full),
         ]
-        connect(m, wiring.flipped(self.i), generator.i)
-        bursts = self._fan_out(m, generator.o)
-        for index, (port, source) in enumerate(zip(self._ports, bursts)):
-            m.submodules[f"port_{index}"] = port
-            m.d.comb += [port.abort.eq(self.abort), port.clear.eq(self.clear)]
-            connect(m, source, port.i)
-            connect(m, port.axi, wiring.flipped(self.axi[index]))
-            connect(m, port.o, wiring.flipped(self.o[index]))
-        queued = Cat(source.valid for source in bursts).any()
-        m.d.comb += [
-            self.requested.eq(generator.o.valid & generator.o.ready & generator.o.payload.last),
-            self.idle.eq(~generator.busy & ~queued & Cat(port.idle for port in self._ports).all()),
-        ]
-        self._collect_faults(m, generator)
-        self._count(m)
+        with m.If(self.clear):
+            m.d.sync += refused.eq(0)
+        with m.Elif(op.valid & beyond & ~self.abort):
+            m.d.sync += refused.eq(1)
+        error_of(m, reader.fault.code, self.unit.error)
+        with m.If(refused):
+            m.d.comb += self.unit.error.eq(Error.ADDRESS)
+        for index in range(self._config.channels):
+            connect(m, reader.o[index], wiring.flipped(self.words[index]))
+            connect(m, reader.axi[index], wiring.flipped(self.axi[index]))
         return m
-
-    def _fan_out(self, m, source):
-        """One burst stream per channel, each with a short queue, so that a slow channel does not stop the rest."""
-        if self._channels == 1:
-            outputs = [source]
-        else:
-            fork = Fork(burst_layout(self._addr_bits, self._max_burst), self._channels)
-            m.submodules.fork = ResetInserter(self.abort)(fork)
-            connect(m, source, fork.i)
-            outputs = fork.o
-        queues = []
-        for index, output in enumerate(outputs):
-            queue = StreamFIFO(burst_layout(self._addr_bits, self._max_burst), BURST_QUEUE)
-            m.submodules[f"queue_{index}"] = queue
-            connect(m, output, queue.i)
-            drained = queue.o.signature.create()
-            m.d.comb += [
-                drained.payload.eq(queue.o.payload),
-                drained.valid.eq(queue.o.valid & ~self.abort),
-                queue.o.ready.eq(drained.ready | self.abort),
-            ]
-            queues.append(drained)
-        return queues
-
-    def _collect_faults(self, m, generator) -> None:
-        m.submodules.latch = latch = FaultLatch()
-        m.d.comb += [latch.i.eq(generator.fault), latch.clear.eq(self.clear), self.fault.eq(latch.o)]
-        which = Signal(range(max(2, self._channels)))
-        for index, port in reversed(list(enumerate(self._ports))):
-            with m.If(port.fault.code != MemoryFault.NONE):
-                m.d.comb += [latch.i.eq(port.fault), which.eq(index)]
-        with m.If(latch.o.code == MemoryFault.NONE):
-            m.d.sync += self.fault_channel.eq(which)
-
-    def _count(self, m) -> None:
-        working = ~self.idle
-        offered = Cat(o.valid for o in self.o)
-        wanted = Cat(o.ready for o in self.o)
-        event_counter(m, self.busy, working, self.clear)
-        event_counter(m, self.beats, self.o[0].valid & self.o[0].ready, self.clear)
-        event_counter(m, self.starved, working & ~offered.all(), self.clear)
-        event_counter(m, self.blocked, offered.all() & ~wanted.any(), self.clear)
-        event_counter(m, self.full, Cat(port.full for port in self._ports).any(), self.clear)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from golden.spec import KVStrataError
 from golden.spec.memory import CHANNEL_ADDR_BITS, MemoryModel
-from hw.engine.mem.channels import StripedReader
+from hw.engine.mem.striped import StripedReader
 from hw.flow.verilator import build_harness
 from hw.flow.verilog import emit
 

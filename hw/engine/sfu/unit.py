@@ -1,0 +1,285 @@
+"""The vector unit: vector instructions over the vector buffer, one at a time, in order.
+
+    op -> Walker -> Fetch (VB a, b) -> join with scalars -> lanes --+-> VB / A8 groups / KV records
+                                          ^         |               +-> Reducer -> ScalarUnit
+                                          |         +-> softmax -> A8 groups, scale table     |
+                                          +---------------------------------------------------+
+
+An instruction is one to three passes over its vectors; passes follow each other without a gap, and a word waits only
+for the scalars of its own vector. So many short vectors (heads) overlap their sequential work, and a long one hides
+everything but one latency per pass.
+
+| instruction | passes (lane operation -> what becomes of the result) |
+|-------------|-------------------------------------------------------|
+| NORM        | scan -> shift of the squares; square -> reciprocal root; norm -> VB |
+| QUANT       | scan -> reciprocal, scale table; scale -> A8 groups   |
+| KVQUANT     | scan -> record; kv -> KV stream                       |
+| ROPE, GATE, ADD | the operation -> VB                               |
+| SOFTMAX     | words to the softmax unit -> A8 groups, scale table   |
+
+`fresh` replaces the scan: every write to VB collects the extremes of its vector, and they are replayed.
+"""
+
+from amaranth import Module, Mux, Signal
+from amaranth.lib import data, stream, wiring
+from amaranth.lib.wiring import In, Out
+
+from golden.spec import formats
+from golden.spec.engine import EngineConfig, Op
+from hw.engine.interfaces import (
+    VectorOp,
+    act_write,
+    kv_record,
+    table_write,
+    unit_port,
+    vb_read,
+    vb_write,
+)
+from hw.engine.sfu.fetch import Fetch, Reducer
+from hw.engine.sfu.lanes import N1_BIAS, VEC, LaneArray, LaneOp
+from hw.engine.sfu.retire import GroupWriter
+from hw.engine.sfu.scalars import LaneScalars, ScalarKind, ScalarUnit
+from hw.engine.sfu.softmax import SoftmaxUnit
+from hw.engine.sfu.walker import Beat, Pass, Walker, is_op
+from hw.lib.memories import TypedMemory
+from hw.lib.streams import connect
+
+LANE_OPS = {
+    Op.NORM: LaneOp.NORM,
+    Op.QUANT: LaneOp.SCALE,
+    Op.KVQUANT: LaneOp.KV,
+    Op.ROPE: LaneOp.ROPE,
+    Op.GATE: LaneOp.GATE,
+    Op.ADD: LaneOp.ADD,
+}
+"""What the lanes do in the last pass of an instruction."""
+SCANNING = (Op.NORM, Op.QUANT, Op.KVQUANT)
+"""Instructions that need the extremes of their operand first."""
+VECTORS_MAX = 256
+SETTLE = 6
+"""Cycles from the last result word to the last visible effect: A8 groups take two and are read two later."""
+
+
+class Extremes(data.Struct):
+    """Least and greatest element of a vector in Q16."""
+
+    least: VEC
+    most: VEC
+
+
+class VectorUnit(wiring.Component):
+    """Executes `VectorOp`s; ports and effects as docs/engine.md section 4, cycles as `hw.engine.sfu.timing`.
+
+    An illegal instruction sets `unit.error` (a `golden.spec.engine.Error`) and leaves no effect; the unit then accepts
+    nothing until reset.
+    """
+
+    def __init__(self, config: EngineConfig):
+        self._config = config
+        super().__init__(
+            {
+                "unit": In(unit_port(VectorOp)),
+                "a": Out(vb_read(config)),
+                "b": Out(vb_read(config)),
+                "y": Out(vb_write(config)),
+                "act": Out(act_write()),
+                "table": Out(table_write()),
+                "kv": Out(stream.Signature(kv_record(config))),
+            }
+        )
+
+    def elaborate(self, platform):
+        m = Module()
+        config, lanes = self._config, self._config.vector_lanes
+        beat = Beat(lanes)
+        m.submodules.walker = walker = Walker(config)
+        m.submodules.fetch = fetch = Fetch(config, beat)
+        m.submodules.lanes = array = LaneArray(lanes, beat)
+        m.submodules.softmax = softmax = SoftmaxUnit(lanes)
+        m.submodules.reducer = reducer = Reducer(lanes, beat)
+        m.submodules.scalars = scalars = ScalarUnit()
+        m.submodules.groups = groups = GroupWriter(lanes)
+        connect(m, walker.o, fetch.i)
+        connect(m, wiring.flipped(self.a), fetch.a)
+        connect(m, wiring.flipped(self.b), fetch.b)
+        known = self._scalars(m, walker, reducer, scalars, fetch, array)
+        self._join(m, walker.op, fetch.o, known, array.i, softmax.i)
+        self._retire(m, walker.op, array.o, reducer.i, groups)
+        self._merge(m, walker.op, scalars, softmax, groups)
+        self._control(m, walker, softmax, array)
+        return m
+
+    def _control(self, m: Module, walker, softmax, array) -> None:
+        """Instructions in, `done` out: one instruction is inside at a time."""
+        op, port = walker.op, self.unit
+        settle = Signal(range(SETTLE))
+        all_scores = Signal()
+        ended = array.o.valid & array.o.ready & array.o.p.tag.final
+        m.d.comb += [walker.i.payload.eq(port.op.payload), port.error.eq(walker.error)]
+        with m.If(softmax.i.valid & softmax.i.ready):
+            m.d.sync += all_scores.eq(self._last_scores)
+        with m.FSM(name="unit"):
+            with m.State("IDLE"):
+                m.d.comb += [walker.i.valid.eq(port.op.valid), port.op.ready.eq(walker.i.ready)]
+                m.d.sync += settle.eq(SETTLE - 1)
+                with m.If(port.op.valid & port.op.ready):
+                    m.d.sync += all_scores.eq(0)
+                    m.next = "BUSY"
+            with m.State("BUSY"), m.If(Mux(op.op == int(Op.SOFTMAX), all_scores & softmax.idle, ended)):
+                m.next = "SETTLE"
+            with m.State("SETTLE"):
+                m.d.sync += settle.eq(settle - 1)
+                with m.If(settle == 0):
+                    m.d.comb += port.done.eq(1)
+                    m.next = "IDLE"
+
+    def _scalars(self, m: Module, walker, reducer, scalars, fetch, array):
+        """Extremes and sums to scalars and their memories; returns how many scalars of the instruction are known."""
+        op, vector = walker.op, reducer.o.p.tag.vector
+        m.submodules.extremes = extremes = TypedMemory(Extremes, VECTORS_MAX, asynchronous_read=True)
+        m.submodules.factors = factors = TypedMemory(
+            LaneScalars, VECTORS_MAX, read_ports=3, asynchronous_read=True
+        )
+        request, result = scalars.i, scalars.o
+        replaying, index = Signal(), Signal(8)
+        written = reducer.o.p.tag.stage == Pass.MAIN
+        m.d.comb += [
+            extremes.w.en.eq(reducer.o.valid & written),
+            extremes.w.addr.eq(vector),
+            extremes.w.data.least.eq(reducer.o.p.least),
+            extremes.w.data.most.eq(reducer.o.p.most),
+            extremes.r[0].addr.eq(index),
+            factors.r[0].addr.eq(fetch.o.p.tag.vector),
+            factors.r[1].addr.eq(vector),
+            factors.r[2].addr.eq(array.o.p.tag.vector),
+            request.valid.eq(replaying | (reducer.o.valid & ~written)),
+            reducer.o.ready.eq(written | (request.ready & ~replaying)),
+        ]
+        square = ~replaying & (reducer.o.p.tag.stage == Pass.SQUARE)
+        first = Mux(
+            op.op == int(Op.NORM),
+            ScalarKind.SQUARE_SHIFT,
+            Mux(op.op == int(Op.KVQUANT), ScalarKind.KV, ScalarKind.A8),
+        )
+        m.d.comb += [
+            request.p.kind.eq(Mux(square, ScalarKind.NORM, first)),
+            request.p.v.eq(Mux(replaying, index, vector)),
+            request.p.least.eq(Mux(replaying, extremes.r[0].data.least, reducer.o.p.least)),
+            request.p.most.eq(Mux(replaying, extremes.r[0].data.most, reducer.o.p.most)),
+            request.p.total.eq(reducer.o.p.total),
+            request.p.shift.eq(factors.r[1].data.n1 - N1_BIAS),
+            request.p.epsilon.eq(op.epsilon),
+            request.p.factor.eq(op.factor),
+            request.p.exponent.eq(op.exponent),
+            request.p.wide.eq(op.bits == 8),
+        ]
+        with m.If(walker.accepted):
+            m.d.sync += [replaying.eq(op.fresh & is_op(op.op, *SCANNING)), index.eq(0)]
+        with m.Elif(replaying & request.ready):
+            m.d.sync += [index.eq(index + 1), replaying.eq(index != op.vectors - 1)]
+
+        known = Signal(range(2 * VECTORS_MAX + 1))
+        m.d.comb += [
+            result.ready.eq(1),
+            factors.w.en.eq(result.valid),
+            factors.w.addr.eq(result.p.v),
+            factors.w.data.eq(result.p.lanes),
+        ]
+        m.d.sync += known.eq(Mux(walker.accepted, 0, known + result.valid))
+        self._lane_factors, self._records = factors.r[0].data, factors.r[2].data
+        return known
+
+    def _join(self, m: Module, op, words, known, lanes, softmax) -> None:
+        """Operands meet the scalars of their vector and go to the lanes, or to the softmax unit."""
+        tag, factors = words.p.tag, self._lane_factors
+        scan, main = tag.stage == Pass.SCAN, tag.stage == Pass.MAIN
+        to_softmax = op.op == int(Op.SOFTMAX)
+        # The scalars come in order: those of the first pass, and for NORM again as many of the second.
+        free = scan | (main & ~is_op(op.op, *SCANNING))
+        earlier = Mux(main & (op.op == int(Op.NORM)), op.vectors, 0)
+        go = words.valid & (free | (known > earlier + tag.vector))
+        m.d.comb += [
+            lanes.valid.eq(go & ~to_softmax),
+            softmax.valid.eq(go & to_softmax),
+            words.ready.eq(Mux(to_softmax, softmax.ready, lanes.ready) & go),
+            lanes.p.tag.eq(tag),
+        ]
+        operation = Signal(LaneOp)
+        with m.Switch(op.op):
+            for code, lane_op in LANE_OPS.items():
+                with m.Case(int(code)):
+                    m.d.comb += operation.eq(lane_op)
+        control = lanes.p.control
+        m.d.comb += [
+            control.op.eq(Mux(main, operation, Mux(scan, LaneOp.SCALE, LaneOp.SQUARE))),
+            control.m1.eq(Mux(scan, 1, factors.m1)),
+            control.n1.eq(Mux(scan, N1_BIAS, factors.n1)),
+            control.n2.eq(op.exponent + 6),
+            control.m0.eq(factors.m0),
+            control.wide.eq(op.bits == 8),
+        ]
+        place = softmax.p.place
+        m.d.comb += [
+            softmax.p.start.eq(tag.first),
+            place.first_tile.eq(tag.first_tile),
+            place.tile_last.eq(tag.slot == formats.ATTN_TILE // self._config.vector_lanes - 1),
+            place.last.eq(tag.last),
+            place.group.eq(tag.dst),
+            place.table.eq(op.table + tag.vector),
+        ]
+        for k in range(self._config.vector_lanes):
+            live = tag.mask[k]
+            m.d.comb += [
+                lanes.p.a[k].eq(Mux(live, words.p.a[k], 0)),
+                lanes.p.b[k].eq(Mux(live, words.p.b[k], 0)),
+                softmax.p.z[k].eq(words.p.a[k]),
+                softmax.p.scale[k].eq(words.p.b[k][:16]),
+                softmax.p.minimum[k].eq(words.p.b[k][16:]),
+                softmax.p.live[k].eq(live),
+            ]
+        self._last_scores = tag.final
+
+    def _retire(self, m: Module, op, results, reducer, groups) -> None:
+        """Results to the vector buffer, the group writer or the KV stream, and to the reducer where they matter."""
+        tag, records = results.p.tag, self._records
+        main = tag.stage == Pass.MAIN
+        to_kv, to_groups = main & (op.op == int(Op.KVQUANT)), main & (op.op == int(Op.QUANT))
+        to_words = main & ~to_kv & ~to_groups
+        reduces = ~main | to_words
+        sunk = Mux(to_words, self.y.rdy, Mux(to_kv, self.kv.ready, 1))
+        reduced = ~reduces | reducer.ready
+        m.d.comb += [
+            results.ready.eq(sunk & reduced),
+            reducer.valid.eq(results.valid & reduces & sunk),
+            reducer.p.y.eq(results.p.y),
+            reducer.p.last.eq(tag.last),
+            reducer.p.tag.eq(tag),
+            self.y.en.eq(results.valid & to_words & reduced),
+            self.y.addr.eq(tag.dst),
+            self.y.data.eq(results.p.y.as_value()),
+            self.y.mask.eq(tag.mask),
+            self.kv.valid.eq(results.valid & to_kv),
+            self.kv.p.scale.eq(records.scale),
+            self.kv.p.minimum.eq(records.minimum),
+            self.kv.p.last.eq(tag.last),
+            groups.en.eq(results.valid & to_groups),
+            groups.slot.eq(tag.slot),
+            groups.last.eq(tag.last),
+            groups.addr.eq(tag.dst),
+        ]
+        for k in range(self._config.vector_lanes):
+            m.d.comb += [self.kv.p.codes[k].eq(results.p.y[k]), groups.codes[k].eq(results.p.y[k])]
+
+    def _merge(self, m: Module, op, scalars, softmax, groups) -> None:
+        """The two writers of groups and of the scale table: one of them works at a time."""
+        result = scalars.o.p
+        with m.If(op.op == int(Op.SOFTMAX)):
+            wiring.connect(m, wiring.flipped(self.act), softmax.act)
+            wiring.connect(m, wiring.flipped(self.table), softmax.table)
+        with m.Else():
+            wiring.connect(m, wiring.flipped(self.act), groups.act)
+            m.d.comb += [
+                self.table.en.eq(scalars.o.valid & (result.kind == ScalarKind.A8)),
+                self.table.addr.eq(op.table + result.v),
+                self.table.entry.eq(result.output),
+            ]

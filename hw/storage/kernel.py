@@ -163,6 +163,11 @@ class AttentionKernel(wiring.Component):
         quiet = Signal(range(QUIET + 1))
         settling = Signal(range(at.LANES_TIME + 3))  # until the accumulators hold the last CHANNEL beat
         steps = Signal(4)  # of a DRAIN beat in the input register
+        loading = Signal(range(at.OPERAND_TIME + 2))  # until q holds the last QUERY beat
+        with m.If(self.i.valid & self.i.ready & (incoming.op == Op.QUERY)):
+            m.d.sync += loading.eq(at.OPERAND_TIME + 1)
+        with m.Elif(loading != 0):
+            m.d.sync += loading.eq(loading - 1)
         draining = Signal()
         m.d.comb += draining.eq(valid & (beat.op == Op.DRAIN) & (steps != GROUP_TOKENS - 1))
         empty = (groups == 0) | (quiet == QUIET)
@@ -176,6 +181,8 @@ class AttentionKernel(wiring.Component):
                 m.d.comb += allowed.eq(~incoming.first | room)
             with m.Case(Op.V):
                 m.d.comb += allowed.eq(~incoming.first | (scored != 0))
+            with m.Case(Op.CHANNEL):
+                m.d.comb += allowed.eq(loading == 0)
             with m.Case(Op.DRAIN):
                 m.d.comb += allowed.eq(room & (settling == 0) & (self._key_level < KEY_QUEUE // 2))
             with m.Default():

@@ -10,7 +10,9 @@ from hw.storage import softmax
 
 def test_every_exponential_table_entry_and_many_more():
     rng = np.random.default_rng(0)
-    x = np.concatenate([np.arange(0, 70) * 1024, rng.integers(0, 27 << 16, 3000), rng.integers(0, 1 << 30, 50)])
+    x = np.concatenate(
+        [np.arange(0, 70) * 1024, rng.integers(0, 27 << 16, 3000), rng.integers(0, 1 << 30, 50)]
+    )
     dut = softmax.Exp2()
     got = []
 
@@ -51,7 +53,9 @@ def test_groups_match_golden(seed):
     expected = []
     for row, marks in zip(s, present):
         z, p, d = state.step(row[None], c, frac, marks)
-        expected.append((p[0].view(np.uint16).tolist(), min(int(d[0]), softmax.SHIFT_MAX), int(state.maximum[0])))
+        expected.append(
+            (p[0].view(np.uint16).tolist(), min(int(d[0]), softmax.SHIFT_MAX), int(state.maximum[0]))
+        )
     z = fp.score(s, np.array(66856), np.array(19))
     dut = softmax.SoftmaxLane()
     got, first = [], []

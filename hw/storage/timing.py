@@ -1,0 +1,43 @@
+"""Closed-form cycle counts of the in-storage unit, held against the RTL by tests/rtl/storage_timing.py.
+
+Cycles are counted from the cycle in which the first beat is accepted to the cycle in which the last output is
+valid, both included, with nothing outside the block stalling.
+"""
+
+from math import ceil
+
+from golden.spec.storage import BEAT_ELEMENTS, GROUP_TOKENS, check_head_size
+from hw.storage import normalise
+from hw.storage.lane import P_STORE_LATENCY, TOTAL_TIME, score_time
+from hw.storage.softmax import SoftmaxLane
+
+
+def probability_latency(head_size: int) -> int:
+    """Cycles from a K block's last beat to the first cycle that accepts its V block."""
+    return 2 + score_time(head_size == 128) + SoftmaxLane.latency + GROUP_TOKENS - 1 + P_STORE_LATENCY
+
+
+def attention_beats(tokens: int, head_size: int) -> int:
+    """Beats of K and V of one head: K of the present tokens, V of whole groups."""
+    return tokens * head_size // BEAT_ELEMENTS + ceil(tokens / GROUP_TOKENS) * head_size
+
+
+def kernel_head(tokens: int, head_size: int, queries: int) -> int:
+    """Dense attention of one KV head on one kernel, K one group ahead of V: K0 K1 V0 K2 V1 ...
+
+    Beats take a cycle each; V waits for the probabilities of its group only where too few beats lie between, which
+    is at both ends of the head.
+    """
+    check_head_size(head_size)
+    groups = ceil(tokens / GROUP_TOKENS)
+    slices = head_size // BEAT_ELEMENTS
+    latency = probability_latency(head_size)
+    now = 1 + queries * slices
+    scored = []
+    for group in range(groups + 1):
+        if group < groups:
+            now += slices * min(GROUP_TOKENS, tokens - group * GROUP_TOKENS)
+            scored.append(now - 1 + latency)
+        if group:
+            now = max(now, scored[group - 1]) + head_size
+    return now - 1 + TOTAL_TIME + 1 + normalise.cycles(queries, head_size)

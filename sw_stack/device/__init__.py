@@ -1,0 +1,1 @@
+"""One protocol, several devices: golden (functional), rtl (Verilated), timing (closed forms)."""

@@ -1,0 +1,242 @@
+"""Where everything lies: matrices and KV in the weight channels, tables and records in auxiliary memory.
+
+A map follows from sizes alone (model shape, engine configuration, formats, context), so the packer, the compiler
+and the runtime compute the same one and a manifest only has to prove that the bytes agree with it. Channel addresses
+are 64-byte words, the same in every channel; auxiliary addresses are bytes. docs/memory-map.md draws it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+
+from golden.config import LlamaConfig
+from golden.formats.weights import fitting_group
+from golden.spec import SPEC_VERSION, KVStrataError
+from golden.spec.engine import STEP, WORD_BYTES, EngineConfig, KVLayout, StreamFormat, weight_stream
+from golden.spec.formats import ATTN_TILE, KV_FORMATS, W8, WEIGHT_FORMATS, KVFormat, WeightFormat
+from golden.spec.memory import CHANNEL_BYTES
+from sw_stack.pack.stream import matrix_words
+
+PROGRAM_BYTES = 1 << 20
+"""Room for instructions at the start of auxiliary memory."""
+PAGE_BYTES = 4096
+"""Regions start on AXI burst boundaries."""
+CHUNK_TOKENS = 16
+"""Most tokens of one prefill pass, whose inputs have room in auxiliary memory."""
+FUSED = {"qkv": ("q", "k", "v"), "o": ("o",), "gateup": ("gate", "up"), "down": ("down",)}
+"""Matrices that one instruction computes: rows of their tensors behind each other."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One product's weights: `rows` of the tensors `sources` behind each other, `inner` wide."""
+
+    name: str
+    sources: tuple[str, ...]
+    rows: int
+    inner: int
+    format: WeightFormat
+    base: int
+    """First word in every channel."""
+    words: int
+    """Words per channel."""
+
+    @property
+    def stream(self) -> StreamFormat:
+        """How the array reads it."""
+        return weight_stream(self.format.name, self.format.group)
+
+
+@dataclass(frozen=True)
+class Region:
+    """A range of auxiliary bytes of `count` records, `stride` bytes apart."""
+
+    name: str
+    base: int
+    stride: int
+    count: int
+
+    @property
+    def end(self) -> int:
+        """First byte behind it."""
+        return self.base + self.stride * self.count
+
+    def at(self, index: int) -> int:
+        """Address of record `index`; KVStrataError outside the region."""
+        if not 0 <= index < self.count:
+            raise KVStrataError(f"region {self.name} has {self.count} records; got index {index}")
+        return self.base + self.stride * index
+
+
+@dataclass(frozen=True)
+class MemoryMap:
+    """The map of one model on one engine. `slots` is the context rounded up to whole attention tiles."""
+
+    model: LlamaConfig
+    engine: EngineConfig
+    weights: str
+    kv: str
+    context: int
+
+    def __post_init__(self) -> None:
+        for value, known, what in (
+            (self.weights, WEIGHT_FORMATS, "weight format"),
+            (self.kv, KV_FORMATS, "KV format"),
+        ):
+            if value not in known:
+                raise KVStrataError(f"a {what} is one of {sorted(known)}; got {value!r}")
+        if not 1 <= self.context <= self.model.context:
+            raise KVStrataError(
+                f"the context must be 1 to the model's {self.model.context} tokens; got {self.context}"
+            )
+        if self.model.head_size % STEP or self.model.hidden % STEP or self.model.ffn % STEP:
+            raise KVStrataError(
+                f"widths must be multiples of {STEP}; got hidden {self.model.hidden}, ffn {self.model.ffn}, "
+                f"head size {self.model.head_size}"
+            )
+        if self.channel_words * WORD_BYTES > CHANNEL_BYTES:
+            raise KVStrataError(
+                f"a channel holds {CHANNEL_BYTES} bytes; weights and a KV cache of {self.context} tokens take "
+                f"{self.channel_words * WORD_BYTES} on {self.engine.channels} channels"
+            )
+
+    @property
+    def slots(self) -> int:
+        """Token slots of the KV cache."""
+        return -(-self.context // ATTN_TILE) * ATTN_TILE
+
+    @property
+    def kv_format(self) -> KVFormat:
+        """The KV format."""
+        return KV_FORMATS[self.kv]
+
+    @cached_property
+    def kv_layout(self) -> KVLayout:
+        """Positions inside a KV region."""
+        return KVLayout(self.engine, self.kv_format.bits, self.model.head_size, self.slots)
+
+    # --- channels
+    @cached_property
+    def matrices(self) -> dict[str, Matrix]:
+        """Every product by name (`layers.{i}.{qkv,o,gateup,down}`, `head`), in address order."""
+        found: dict[str, Matrix] = {}
+        base = 0
+        for name, sources, rows, inner, fmt in self._products():
+            words = matrix_words(self.engine, weight_stream(fmt.name, fmt.group), rows, inner)
+            found[name] = Matrix(name, sources, rows, inner, fmt, base, words)
+            base += words
+        return found
+
+    def _products(self) -> Iterator[tuple[str, tuple[str, ...], int, int, WeightFormat]]:
+        shapes = self.model.linear_shapes()
+        for layer in range(self.model.layers):
+            for name, parts in FUSED.items():
+                inner = shapes[parts[0]][1]
+                fmt = fitting_group(WEIGHT_FORMATS[self.weights], inner)
+                rows = sum(shapes[part][0] for part in parts)
+                sources = tuple(f"layers.{layer}.{part}" for part in parts)
+                yield f"layers.{layer}.{name}", sources, rows, inner, fmt
+        head = fitting_group(W8, self.model.hidden)
+        yield "head", ("head",), self.model.vocab, self.model.hidden, head
+
+    @property
+    def weight_words(self) -> int:
+        """Words per channel of all weights."""
+        last = list(self.matrices.values())[-1]
+        return last.base + last.words
+
+    @property
+    def value_groups(self) -> int:
+        """Groups of KV heads whose values share row blocks."""
+        return -(-self.model.kv_heads // self.kv_layout.heads_per_block)
+
+    @property
+    def layer_kv_words(self) -> int:
+        """Words per channel of one layer's KV cache."""
+        layout = self.kv_layout
+        return self.model.kv_heads * layout.key_words + self.value_groups * layout.value_words
+
+    def key_base(self, layer: int, head: int) -> int:
+        """Channel word of the keys of one KV head."""
+        return self.weight_words + layer * self.layer_kv_words + head * self.kv_layout.key_words
+
+    def value_base(self, layer: int, group: int) -> int:
+        """Channel word of the values of one group of KV heads."""
+        keys = self.model.kv_heads * self.kv_layout.key_words
+        return self.weight_words + layer * self.layer_kv_words + keys + group * self.kv_layout.value_words
+
+    @property
+    def channel_words(self) -> int:
+        """Words of each channel's image, KV cache included."""
+        return self.weight_words + self.model.layers * self.layer_kv_words
+
+    # --- auxiliary memory
+    @property
+    def vb_word_bytes(self) -> int:
+        """Bytes of a VB word in memory."""
+        return 4 * self.engine.vector_lanes
+
+    @cached_property
+    def regions(self) -> dict[str, Region]:
+        """Auxiliary regions by name, in address order."""
+        m = self.model
+        sizes = (
+            ("program", PROGRAM_BYTES, 1),
+            ("norms", 4 * m.hidden, 2 * m.layers + 1),
+            ("zeros", 4 * m.group * m.head_size, 1),
+            ("rope", 4 * m.head_size, self.slots),
+            ("value_scales", 4 * self.slots, m.layers * m.kv_heads),
+            ("input", 4 * m.hidden, CHUNK_TOKENS),
+            ("logits", 4 * m.vocab, 1),
+        )
+        found: dict[str, Region] = {}
+        base = 0
+        for name, size, count in sizes:
+            stride = -(-size // WORD_BYTES) * WORD_BYTES
+            found[name] = Region(name, base, stride, count)
+            base = -(-found[name].end // PAGE_BYTES) * PAGE_BYTES
+        return found
+
+    @property
+    def aux_bytes(self) -> int:
+        """Size of the auxiliary image."""
+        return -(-self.regions["logits"].end // PAGE_BYTES) * PAGE_BYTES
+
+    def value_scales(self, layer: int, head: int) -> int:
+        """Auxiliary address of slot 0's V scale record of one KV head."""
+        return self.regions["value_scales"].at(layer * self.model.kv_heads + head)
+
+    def row_words(self, rows: int) -> int:
+        """VB words of a product of `rows` rows: whole row blocks, because the array drains those."""
+        return -(-rows // self.engine.lanes) * self.engine.lanes // self.engine.vector_lanes
+
+    # --- identity
+    def to_json(self) -> dict[str, object]:
+        """What a manifest stores to prove that an image was made for this map."""
+        return {
+            "spec_version": SPEC_VERSION,
+            "model": asdict(self.model),
+            "engine": asdict(self.engine),
+            "weights": self.weights,
+            "kv": self.kv,
+            "context": self.context,
+        }
+
+    @classmethod
+    def from_json(cls, stored: dict[str, object]) -> MemoryMap:
+        """Inverse of `to_json`; KVStrataError for another spec version or fields that do not fit."""
+        if stored.get("spec_version") != SPEC_VERSION:
+            raise KVStrataError(
+                f"an image is of spec version {SPEC_VERSION!r}; got {stored.get('spec_version')!r}: pack it again"
+            )
+        try:
+            model = LlamaConfig(**stored["model"])  # type: ignore[arg-type]
+            engine = EngineConfig(**stored["engine"])  # type: ignore[arg-type]
+            return cls(model, engine, stored["weights"], stored["kv"], stored["context"])  # type: ignore[arg-type]
+        except (KeyError, TypeError, ValueError) as error:
+            raise KVStrataError(
+                f"a manifest describes a model and an engine; got {json.dumps(stored)[:120]}"
+            ) from error

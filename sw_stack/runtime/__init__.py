@@ -1,0 +1,1 @@
+"""Host software that writes text: sessions on a device, placements, lockstep."""

@@ -1,0 +1,96 @@
+"""A sequence on an engine device: embedding rows in, programs and registers, logits out.
+
+The host does what the engine does not: tokenising, embedding rows, choosing a token. Prompts go through the prefill
+program in whole aligned passes and through the decode program for the rest; results do not depend on the split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from golden import ops
+from golden.formats.weights import QuantisedWeight
+from golden.spec import KVStrataError
+from sw_stack.compile.decoder import Programs
+from sw_stack.compile.program import step_registers
+from sw_stack.device.protocol import EngineDevice, RunResult
+
+
+@dataclass
+class Session:
+    """One sequence from its first token on. KVStrataError for tokens outside the vocabulary or a full context."""
+
+    device: EngineDevice
+    programs: Programs
+    embedding: QuantisedWeight
+    length: int = 0
+    runs: list[tuple[str, RunResult]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for program in self.programs.programs.values():
+            self.device.write_aux(program.base, program.encoded())
+
+    def forward(self, tokens: Sequence[int]) -> torch.Tensor:
+        """Append tokens; logits Q16 int64 [V] of the last one."""
+        ids = list(tokens)
+        self._check(ids)
+        while ids:
+            count = self._pass_size(len(ids))
+            self._run_pass(ids[:count])
+            ids = ids[count:]
+        return self._head(count)
+
+    def _check(self, ids: list[int]) -> None:
+        memory_map = self.programs.map
+        if not ids:
+            raise KVStrataError("a step needs at least one token; got none")
+        for token in ids:
+            if not 0 <= token < memory_map.model.vocab:
+                raise KVStrataError(f"a token id must be 0 to {memory_map.model.vocab - 1}; got {token}")
+        if self.length + len(ids) > memory_map.context:
+            raise KVStrataError(
+                f"the memory map holds a context of {memory_map.context} tokens; got {self.length + len(ids)}"
+            )
+
+    def _pass_size(self, left: int) -> int:
+        chunk = self.programs.chunk
+        return chunk if chunk > 1 and left >= chunk and self.length % chunk == 0 else 1
+
+    def _run_pass(self, ids: list[int]) -> None:
+        memory_map = self.programs.map
+        inputs = memory_map.regions["input"]
+        for row, x in enumerate(self.embed(ids)):
+            self.device.write_aux(inputs.at(row), x.numpy().astype("<i4").view(np.uint8))
+        self._run("decode" if len(ids) == 1 else "prefill", len(ids))
+        self.length += len(ids)
+
+    def _run(self, name: str, tokens: int) -> None:
+        start = self.length if name != "head" else self.length - tokens
+        registers = {int(r): v for r, v in step_registers(self.programs.map, start, tokens).items()}
+        self.runs.append((name, self.device.run(self.programs.programs[name].word, registers)))
+
+    def embed(self, ids: list[int]) -> torch.Tensor:
+        """Q16 rows [T, hidden] of the w8 embedding (docs/formats.md section 10)."""
+        scale = self.embedding.scale[ids].repeat_interleave(self.embedding.format.group, 1)
+        return ops.embedding_row(self.embedding.codes[ids].long(), scale)
+
+    def _head(self, tokens: int) -> torch.Tensor:
+        self._run("head", tokens)
+        logits = self.programs.map.regions["logits"]
+        raw = self.device.read_aux(logits.base, 4 * self.programs.map.model.vocab)
+        return torch.from_numpy(raw.view("<i4").astype(np.int64))
+
+    def hidden(self, tokens: int) -> torch.Tensor:
+        """Residual stream int64 [tokens, hidden] that the last pass left."""
+        model, words = self.programs.map.model, self.programs.map.row_words(self.programs.map.model.hidden)
+        rows = [self.device.read_vb(t * words, model.hidden) for t in range(tokens)]
+        return torch.from_numpy(np.stack(rows)).long()
+
+    @property
+    def cycles(self) -> int:
+        """Cycles of all runs."""
+        return sum(result.cycles for _, result in self.runs)

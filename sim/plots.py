@@ -23,6 +23,7 @@ CATEGORY_COLOURS = {
     "csd compute": "#66a182",
     "transfer": "#8d96a3",
     "framework": "#2e4057",
+    "recompute": "#9b5de5",
 }
 
 

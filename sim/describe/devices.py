@@ -28,7 +28,7 @@ class Gpu(Described):
     idle_w: NonNegative
     price_usd: Positive
     bandwidth_share: Share = assumed(0.85, "SIM-GPU-BW")
-    tensor_share: Share = assumed(0.80, "SIM-GPU-TENSOR")
+    tensor_share: Share = assumed(0.78, "SIM-GPU-TENSOR")
     kernel_floor_us: NonNegative = assumed(7.0, "SIM-GPU-FLOOR")
     reserved_gb: NonNegative = assumed(1.5, "SIM-GPU-RESERVED")
 
@@ -58,6 +58,7 @@ class Host(Described):
     stream_share: Share = assumed(0.75, "SIM-HOST-STREAM")
     pageable_copy_gb_per_s: Positive = assumed(11.0, "SIM-PAGEABLE")
     swap_fault_us: NonNegative = assumed(35.0, "SIM-SWAP-FAULT")
+    swap_out_gb_per_s: Positive = assumed(1.0, "SIM-SWAP-OUT")
     swap_cluster_kib: Positive = assumed(32.0, "SIM-SWAP-CLUSTER")
 
     @model_validator(mode="after")
@@ -174,7 +175,8 @@ class Csd(Ssd):
     softmax_units: Count = assumed(8, "SIM-CSD-SOFTMAX")
     filter_gb_per_s: Positive = assumed(1.85, "InstInfer Table I, real column, per flash controller")
     p2p: bool = assumed(True, "InstInfer: DMA between drive and GPU memory")
-    sparse_page_share: Share = assumed(0.5, "InstInfer: page-level step leaves about half")
+    channels_per_page: Count = assumed(2, "SIM-SPARF-M")
+    token_clusters_per_page: Positive = assumed(3.6, "SIM-SPARF-LOCALITY")
 
 
 class Fpga(Described):

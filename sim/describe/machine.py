@@ -17,6 +17,7 @@ PARTS: dict[str, type[Described]] = {
     "csd": Csd,
     "drive_uplink": Link,
     "fpga": Fpga,
+    "fpga_link": Link,
 }
 
 
@@ -31,6 +32,7 @@ class MachineFile(Described):
     csd: str | None = None
     drive_uplink: str | None = None
     fpga: str | None = None
+    fpga_link: str | None = None
     gpu_count: Count = assumed(1, "machine description")
     ssd_count: Count = assumed(1, "machine description")
     csd_count: Count = assumed(1, "machine description")
@@ -54,6 +56,7 @@ class Machine(Described):
     csd_link: Link | None = None
     drive_uplink: Link | None = None
     fpga: Fpga | None = None
+    fpga_link: Link | None = None
     gpu_count: Count = assumed(1, "machine description")
     ssd_count: Count = assumed(1, "machine description")
     csd_count: Count = assumed(1, "machine description")
@@ -71,7 +74,18 @@ class Machine(Described):
 
     def devices(self) -> list[Described]:
         """Devices present, in a fixed order."""
-        names = ("gpu", "gpu_link", "host", "ssd", "ssd_link", "csd", "csd_link", "drive_uplink", "fpga")
+        names = (
+            "gpu",
+            "gpu_link",
+            "host",
+            "ssd",
+            "ssd_link",
+            "csd",
+            "csd_link",
+            "drive_uplink",
+            "fpga",
+            "fpga_link",
+        )
         return [d for n in names if (d := getattr(self, n)) is not None]
 
 

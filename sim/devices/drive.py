@@ -9,9 +9,9 @@ from sim.devices.flash import first_page_us, program_limits, read_limits
 from sim.devices.limits import Bandwidth
 
 
-def io_latency_us(ssd: Ssd, link: Link) -> float:
-    """Latency of one IO on an idle drive, from submission to completion."""
-    size = ssd.io_kib * 1024
+def io_latency_us(ssd: Ssd, link: Link, kib: float | None = None) -> float:
+    """Latency of one read of `kib` (default: the reader's IO size) on an idle drive, submission to completion."""
+    size = (kib or ssd.io_kib) * 1024
     moved = size / (link.payload_gb_per_s * 1e3)
     return ssd.firmware_read_us + first_page_us(ssd) + link.latency_us + moved + ssd.host_us_per_io
 

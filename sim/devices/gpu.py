@@ -13,8 +13,12 @@ from dataclasses import dataclass
 from sim.describe.devices import Gpu
 from sim.describe.model import FP16_BYTES
 
-TILES = ((128, 256), (256, 128), (128, 128), (128, 64), (64, 64))
+TILES = ((128, 256), (256, 128), (128, 128), (128, 64), (64, 128), (64, 64), (32, 128), (16, 128))
 """Output tiles of a tensor-core matrix product; small ones reuse operands less."""
+SPLITS = (1, 2, 4, 8)
+"""Ways to split K where the tiles alone do not fill the machine."""
+FULL_REUSE = 42.0
+"""Operand reuse (FLOP per operand element) from which a tile runs at the full tensor rate."""
 SOFT_MAX_POWER = 4
 """Compute and memory overlap nearly perfectly: their combination is a high-power mean."""
 
@@ -31,36 +35,40 @@ def gemm(gpu: Gpu, m: float, k: int, n: float) -> Kernel:
     """y[M, N] = x[M, K] w[K, N] in fp16 with fp32 accumulation."""
     size = FP16_BYTES * (m * k + k * n + m * n)
     memory = size / (gpu.hbm_gb_per_s * 1e9 * gpu.bandwidth_share)
-    return _combine(gpu, memory, min(_waves_s(gpu, m, k, n, tile) for tile in TILES))
+    return _combine(gpu, memory, min(_waves_s(gpu, m, k, n, t, s) for t in TILES for s in SPLITS))
 
 
-def _waves_s(gpu: Gpu, m: float, k: int, n: float, tile: tuple[int, int]) -> float:
+def _waves_s(gpu: Gpu, m: float, k: int, n: float, tile: tuple[int, int], split: int) -> float:
+    """Whole waves of tiles over the SMs; a split of K adds a pass over fp32 partial sums."""
     rows, cols = tile
-    waves = math.ceil(math.ceil(m / rows) * math.ceil(n / cols) / gpu.sm_count)
-    reuse = rows * cols / (rows + cols)
-    share = gpu.tensor_share * min(1.0, reuse / 64)
-    return waves * 2 * rows * cols * k / (gpu.fp16_tflops * 1e12 / gpu.sm_count * share)
+    waves = math.ceil(math.ceil(m / rows) * math.ceil(n / cols) * split / gpu.sm_count)
+    share = gpu.tensor_share * min(1.0, rows * cols / (rows + cols) / FULL_REUSE)
+    busy = waves * 2 * rows * cols * k / split / (gpu.fp16_tflops * 1e12 / gpu.sm_count * share)
+    partials = 8 * m * n * split if split > 1 else 0.0
+    return busy + partials / (gpu.hbm_gb_per_s * 1e9 * gpu.bandwidth_share)
 
 
 BLOCKS_PER_SM = 2
 ATTENTION_BLOCK_US = 4.6
 """Prologue and epilogue of one attention block on its SM, seen at a 32-token cache (SIM-GPU-ATTENTION)."""
+ATTENTION_GROUP_COST = 0.15
+"""Further cost of a block per extra query head that shares its KV head."""
 ATTENTION_BANDWIDTH_SHARE = 0.97
 ATTENTION_TENSOR_SHARE = 0.40
-SPLIT_TOKENS = 256
+SPLIT_TOKENS = 512
 """Split-KV attention gives one block at least this many cached tokens."""
 
 
 def attention_decode(gpu: Gpu, batch: int, kv: float, heads: int, kv_heads: int, head_size: int) -> Kernel:
     """One query token per sequence over `kv` cached tokens; reads K and V once."""
     size = batch * kv * kv_heads * head_size * 2 * FP16_BYTES
-    blocks = batch * heads
-    slots = gpu.sm_count * BLOCKS_PER_SM
-    splits = max(1, min(slots // max(blocks, 1), int(kv // SPLIT_TOKENS)))
-    blocks *= splits
-    filled = blocks / (math.ceil(blocks / slots) * slots)
-    memory = size / (gpu.hbm_gb_per_s * 1e9 * ATTENTION_BANDWIDTH_SHARE) / max(filled, 0.25)
-    return _combine(gpu, memory, blocks / gpu.sm_count * ATTENTION_BLOCK_US * 1e-6)
+    blocks, slots = batch * kv_heads, gpu.sm_count * BLOCKS_PER_SM
+    blocks *= max(1, min(slots // blocks, int(kv // SPLIT_TOKENS)))
+    # Too few blocks cannot keep enough loads in flight; a quarter of the slots saturates half the memory.
+    filled = max(blocks / (math.ceil(blocks / slots) * slots), 0.25)
+    memory = size / (gpu.hbm_gb_per_s * 1e9 * ATTENTION_BANDWIDTH_SHARE) / filled
+    each_us = ATTENTION_BLOCK_US * (1 + ATTENTION_GROUP_COST * (heads // kv_heads - 1))
+    return _combine(gpu, memory, math.ceil(blocks / gpu.sm_count) * each_us * 1e-6)
 
 
 def attention_prefill(gpu: Gpu, batch: int, q: int, kv: int, heads: int, head_size: int) -> Kernel:

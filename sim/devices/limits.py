@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from sim.describe.devices import Link
+
 
 @dataclass(frozen=True)
 class Bandwidth:
@@ -27,6 +29,12 @@ class Bandwidth:
     def bytes_per_s(self) -> float:
         """The bandwidth in bytes per second."""
         return self.gb_per_s * 1e9
+
+    def under(self, uplink: Link | None) -> Bandwidth:
+        """The same bandwidth behind an uplink that all of it shares."""
+        if uplink is None:
+            return self
+        return Bandwidth(self.what, {**self.limits, f"shared uplink {uplink.name}": uplink.payload_gb_per_s})
 
     def to_dict(self) -> dict[str, Any]:
         """Row for reports."""

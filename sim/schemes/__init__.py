@@ -9,9 +9,16 @@ from sim.schemes.base import Scheme
 
 SCHEMES: dict[str, tuple[str, str]] = {
     "gpu-resident": ("sim.schemes.gpu", "GpuResident"),
+    "gpu-recompute": ("sim.schemes.gpu", "GpuRecompute"),
+    "zero-inference": ("sim.schemes.zero", "ZeroInference"),
+    "flexgen-dram": ("sim.schemes.flexgen", "FlexgenDram"),
     "flexgen-ssd": ("sim.schemes.flexgen", "FlexgenSsd"),
+    "flexgen-gds": ("sim.schemes.flexgen", "FlexgenGds"),
+    "flexgen-sparq": ("sim.schemes.flexgen", "FlexgenSparq"),
     "csd-dense": ("sim.schemes.csd", "CsdDense"),
+    "csd-sparf": ("sim.schemes.csd", "CsdSparf"),
     "fpga": ("sim.schemes.fpga", "FpgaEngine"),
+    "fpga+csd": ("sim.schemes.fpga_csd", "FpgaCsd"),
 }
 """Name -> (module, class); modules load when used."""
 

@@ -1,6 +1,7 @@
 """What every scheme answers: what it needs, where bytes live, and the task graphs of prefill and of a decode step.
 
-Categories of time are the papers': "kv access", "weight access", "compute", "csd compute", "transfer", "framework".
+Categories of time are the papers': "kv access", "weight access", "compute", "csd compute", "transfer", "framework";
+"recompute" is KV computed again after a preemption.
 """
 
 from __future__ import annotations
@@ -112,6 +113,8 @@ class GpuScheme(Scheme):
     """Schemes whose linear layers run on the GPU. Kernel and framework time are separate tasks."""
 
     weights_host_share = 0.0
+    slice_tokens: ClassVar[int] = 16384
+    """Tokens whose prefill activations are alive at once where prefill is sliced (SIM-GPU-SLICE)."""
     eager_scores: ClassVar[bool] = False
     """Whether prefill materialises batch x heads x S x S scores, twice, as eager frameworks do."""
 
@@ -154,17 +157,20 @@ class GpuScheme(Scheme):
         return _total([kernels.gemm(self.gpu, self.workload.batch, m.hidden, m.vocabulary)])
 
     def attention_decode_s(self, context: float) -> float:
-        """Seconds of one layer's attention on the GPU."""
-        m = self.model
-        args = (self.workload.batch, context + 1, m.heads, m.kv_heads, m.head_size)
-        return kernels.attention_decode(self.gpu, *args).seconds
+        """Seconds of one layer's attention on the GPU for the whole batch."""
+        return self.attention_of(self.workload.batch, context)
 
-    def attention_prefill_s(self, batch: int) -> float:
+    def attention_of(self, batch: int, context: float) -> float:
+        """Seconds of one layer's attention on the GPU for `batch` sequences."""
+        m = self.model
+        return kernels.attention_decode(
+            self.gpu, batch, context + 1, m.heads, m.kv_heads, m.head_size
+        ).seconds
+
+    def attention_prefill_of(self, batch: int, tokens: int) -> float:
         """Seconds of one layer's prefill attention on the GPU."""
         m = self.model
-        return kernels.attention_prefill(
-            self.gpu, batch, self.workload.input_tokens, 0, m.heads, m.head_size
-        ).seconds
+        return kernels.attention_prefill(self.gpu, batch, tokens, 0, m.heads, m.head_size).seconds
 
     def framework(self, graph: Graph, after: Iterable[int]) -> int:
         """Time the framework's thread spends per layer; kernels of the layer wait for it."""
@@ -174,7 +180,7 @@ class GpuScheme(Scheme):
         """Prefill compute of `layers` layers in a chain; returns the last task of each."""
         w = self.workload
         before, after = self.layer_kernels(w.batch * w.input_tokens)
-        attention = self.attention_prefill_s(w.batch)
+        attention = self.attention_prefill_of(w.batch, w.input_tokens)
         done: list[int] = []
         for layer in range(layers):
             graph.layer = layer

@@ -7,6 +7,7 @@ are then programmed in the background.
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 from sim.core.graph import SETUP, Graph
@@ -30,7 +31,6 @@ class CsdDense(GpuScheme):
     name: ClassVar[str] = "csd-dense"
     needs: ClassVar[tuple[str, ...]] = ("gpu", "gpu_link", "csd")
     stored_copies: ClassVar[float] = 1.0
-    slice_tokens: ClassVar[int] = 16384
 
     def place(self) -> None:
         self._check_peer_to_peer()
@@ -169,3 +169,40 @@ class CsdDense(GpuScheme):
             "engine": self.csd.engine,
             "overlap": "KV of a prefill layer is written while the next computes; appends flush in the background",
         }
+
+
+class CsdSparf(CsdDense):
+    """SparF: r = sparsity * dh channels score all tokens, then the k = sparsity * S best are attended exactly.
+
+    Pages are skipped whole where they hold nothing selected. Which pages those are depends on how selections cluster:
+    a token page is read unless all of its `token_clusters_per_page` independent draws miss (SIM-SPARF-LOCALITY), a
+    channel page unless none of its channels is marked.
+    """
+
+    name: ClassVar[str] = "csd-sparf"
+    stored_copies: ClassVar[float] = CHANNEL_COPY
+
+    @property
+    def marked_channels(self) -> int:
+        """r."""
+        return max(1, round(self.workload.sparsity * self.model.head_size))
+
+    def page_shares(self) -> tuple[float, float]:
+        """(channel pages, token pages) read, as shares of all of their kind."""
+        dh, csd = self.model.head_size, self.csd
+        missed = math.comb(dh - csd.channels_per_page, self.marked_channels) / math.comb(
+            dh, self.marked_channels
+        )
+        return 1 - missed, 1 - (1 - self.workload.sparsity) ** csd.token_clusters_per_page
+
+    def reads(self, context: int) -> KvReads:
+        dense, s = super().reads(context), self.workload.sparsity
+        channels, tokens = self.page_shares()
+        scores = float(self.workload.batch * self.model.heads * (context + 1))
+        dots = scores * (2 * self.marked_channels + 4 * s * self.model.head_size)
+        size = dense.size_bytes / 2 * (channels + 2 * tokens)
+        return KvReads(size, dense.commands, dot_flops=dots, softmax_values=scores * (1 + s))
+
+    def policy(self) -> dict[str, Any]:
+        channels, tokens = self.page_shares()
+        return {**super().policy(), "channel_page_share": channels, "token_page_share": tokens}

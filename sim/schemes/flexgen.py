@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from sim.core.graph import SETUP, Graph
-from sim.describe.model import FP16_BYTES
+from sim.describe.base import ConfigError
+from sim.describe.devices import Link, Ssd
 from sim.devices.drive import file_read_bandwidth, write_bandwidth
 from sim.devices.limits import Bandwidth
 from sim.result import Residency
@@ -18,67 +19,72 @@ USABLE_SHARE = 0.9
 
 
 class FlexgenSsd(GpuScheme):
-    """KV on drives, weights in GPU memory as far as they fit and in host memory beyond."""
+    """KV on drives, weights in GPU memory as far as they fit and in host memory beyond.
+
+    `tuning.weights_gpu_percent` and `tuning.kv_gpu_percent` set the percentages by hand (sim.policy searches them);
+    left out, as much as fits stays on the GPU, weights first.
+    """
 
     name: ClassVar[str] = "flexgen-ssd"
     needs: ClassVar[tuple[str, ...]] = ("gpu", "host", "gpu_link", "ssd")
     eager_scores: ClassVar[bool] = True
     kv_gpu_share = 0.0
+    kv_path: ClassVar[tuple[str, ...]] = ("ssd read", "host dram", "pcie to gpu")
+    store_path: ClassVar[tuple[str, ...]] = ("pcie from gpu", "host dram", "ssd write")
+    kv_tier: ClassVar[str] = "drives"
 
     def place(self) -> None:
-        """As much KV as fits beside the weights stays on the GPU; weights that do not fit go to the host."""
+        """Percentages: the user's, or as much on the GPU as fits beside the working set."""
         free = self.gpu_capacity_gb * USABLE_SHARE * GB - self._working_bytes()
-        self.weights_host_share = min(1.0, max(0.0, 1 - free / self.model.weight_bytes))
-        left = free - self.model.weight_bytes
+        weights, kv = self.tuning.weights_gpu_percent, self.tuning.kv_gpu_percent
+        fitting = min(1.0, max(0.0, free / self.model.weight_bytes))
+        self.weights_host_share = 1 - (fitting if weights is None else weights / 100)
+        left = free - (1 - self.weights_host_share) * self.model.weight_bytes
         steps = int(max(left, 0.0) / self._kv_bytes() / KV_GRAIN + 1e-9)
-        self.kv_gpu_share = min(1.0, steps * KV_GRAIN)
+        self.kv_gpu_share = min(1.0, steps * KV_GRAIN) if kv is None else kv / 100
         super().place()
 
     def _kv_bytes(self) -> float:
         return self.workload.batch * self.workload.total_tokens * self.model.kv_bytes_per_token
 
     def _working_bytes(self) -> float:
-        """Prefill activations and two layers of KV in flight."""
+        """Prefill activations, or two layers of KV in flight, whichever is more."""
         w, m = self.workload, self.model
         in_flight = 2 * w.batch * w.total_tokens * m.kv_bytes_per_token_layer
         return max(self.workspace_bytes(w.batch, w.input_tokens), in_flight)
 
     def residency(self) -> list[Residency]:
-        host, ssd = self.machine.part("host", self.name), self.machine.part("ssd", self.name)
+        host = self.machine.part("host", self.name)
         weights, kv = self.model.weight_bytes, self._kv_bytes()
         on_gpu = (1 - self.weights_host_share) * weights + self.kv_gpu_share * kv + self._working_bytes()
+        rest = (1 - self.kv_gpu_share) * kv
+        in_host = self.weights_host_share * weights + (rest if self.kv_tier == "host memory" else 0.0)
+        tiers = [("GPU memory", on_gpu, self.gpu_capacity_gb * USABLE_SHARE)]
+        tiers.append(("host memory", in_host, host.dram_gb - host.reserved_gb))
+        if self.kv_tier == "drives":
+            drives = self.machine.part("ssd", self.name).capacity_gb * self.machine.ssd_count
+            tiers.append(("drives", rest, drives))
         return [
-            Residency(
-                tier="GPU memory", used_gb=on_gpu / GB, capacity_gb=self.gpu_capacity_gb * USABLE_SHARE
-            ),
-            Residency(
-                tier="host memory",
-                used_gb=self.weights_host_share * weights / GB,
-                capacity_gb=host.dram_gb - host.reserved_gb,
-            ),
-            Residency(
-                tier="drives",
-                used_gb=(1 - self.kv_gpu_share) * kv / GB,
-                capacity_gb=ssd.capacity_gb * self.machine.ssd_count,
-            ),
+            Residency(tier=name, used_gb=used / GB, capacity_gb=capacity) for name, used, capacity in tiers
         ]
 
     def connect(self) -> None:
         machine, host = self.machine, self.machine.part("host", self.name)
-        ssd, link = machine.part("ssd", self.name), machine.ssd_link
-        assert link is not None
-        self._pipe("pcie to gpu", link_bandwidth("pcie to gpu", machine.gpu_link))
-        self._pipe("pcie from gpu", link_bandwidth("pcie from gpu", machine.gpu_link))
-        self._pipe(
-            "host dram", Bandwidth("host dram", {"dram streaming": host.dram_gb_per_s * host.stream_share})
-        )
-        self._pipe("ssd read", self._read_bandwidth())
-        self._pipe("ssd write", write_bandwidth(ssd, link, machine.ssd_count))
+        for way in ("pcie to gpu", "pcie from gpu"):
+            self._pipe(way, link_bandwidth(way, machine.gpu_link))
+        streaming = {"dram streaming": host.dram_gb_per_s * host.stream_share}
+        self._pipe("host dram", Bandwidth("host dram", streaming))
+        if self.kv_tier == "drives":
+            assert machine.ssd is not None
+            assert machine.ssd_link is not None
+            uplink = machine.drive_uplink
+            self._pipe("ssd read", self.read_bandwidth(machine.ssd, machine.ssd_link).under(uplink))
+            write = write_bandwidth(machine.ssd, machine.ssd_link, machine.ssd_count)
+            self._pipe("ssd write", write.under(uplink))
 
-    def _read_bandwidth(self) -> Bandwidth:
-        machine, ssd, link = self.machine, self.machine.part("ssd", self.name), self.machine.ssd_link
-        assert link is not None
-        return file_read_bandwidth(ssd, link, self.tuning.page_cache_us_per_io, machine.ssd_count)
+    def read_bandwidth(self, ssd: Ssd, link: Link) -> Bandwidth:
+        """KV files are memory-mapped: the page cache reads ahead one window at a time."""
+        return file_read_bandwidth(ssd, link, self.tuning.page_cache_us_per_io, self.machine.ssd_count)
 
     def prefill(self, graph: Graph, layers: int) -> None:
         self.prefill_layers(graph, layers)
@@ -86,46 +92,94 @@ class FlexgenSsd(GpuScheme):
     def store_prefill(self, graph: Graph, qkv: int) -> None:
         w = self.workload
         size = (1 - self.kv_gpu_share) * w.batch * w.input_tokens * self.model.kv_bytes_per_token_layer
-        graph.move("store kv", "kv access", ("pcie from gpu", "host dram", "ssd write"), size, [qkv])
+        graph.move("store kv", "kv access", self.store_path, size, [qkv])
 
     def kv_read_bytes(self, context: int) -> float:
-        """Bytes of one layer's KV that come from drives in a step."""
+        """Bytes of one layer's KV that come from outside the GPU in a step."""
         kv = self.workload.batch * context * self.model.kv_bytes_per_token_layer
         return (1 - self.kv_gpu_share) * kv
+
+    def attention_s(self, context: int) -> float:
+        """Seconds of one layer's attention on the GPU."""
+        return self.attention_decode_s(context)
 
     def decode(self, graph: Graph, context: int, layers: int) -> None:
         w, m = self.workload, self.model
         before, after = self.layer_kernels(w.batch)
-        attention = self.attention_decode_s(context)
+        attention, size = self.attention_s(context), self.kv_read_bytes(context)
         new_kv = (1 - self.kv_gpu_share) * w.batch * m.kv_bytes_per_token_layer
         done: list[int] = []
         loads: list[int] = []
         for layer in range(layers):
             graph.layer = layer
             # Two buffers: a layer's KV may load while the layer before it computes.
-            path = ("ssd read", "host dram", "pcie to gpu")
-            loads.append(
-                graph.move(
-                    "load kv", "kv access", path, self.kv_read_bytes(context), loads[-1:] + done[-2:-1]
-                )
-            )
+            free = loads[-1:] + done[-2:-1]
+            loads.append(graph.move("load kv", "kv access", self.kv_path, size, free))
             ready = [self.framework(graph, done[-1:]), *self.fetch_weights(graph, done)]
             qkv = graph.work("qkv", before[1], "gpu", before[0], ready)
             scored = graph.work("attention", "compute", "gpu", attention, [qkv, loads[-1]])
-            graph.move("store kv", "kv access", ("pcie from gpu", "host dram", "ssd write"), new_kv, [qkv])
+            graph.move("store kv", "kv access", self.store_path, new_kv, [qkv])
             done.append(graph.work("o, ffn", after[1], "gpu", after[0], [scored]))
         graph.layer = SETUP
         self.finish(graph, done)
 
     def flash_written_per_token(self) -> float:
         w = self.workload
-        per_token = FP16_BYTES * 2 * self.model.kv_heads * self.model.head_size * self.model.layers
-        return (1 - self.kv_gpu_share) * per_token * w.total_tokens / w.output_tokens
+        on_drives = 1 - self.kv_gpu_share if self.kv_tier == "drives" else 0.0
+        return on_drives * self.model.kv_bytes_per_token * w.total_tokens / w.output_tokens
 
     def policy(self) -> dict[str, Any]:
         return {
             "weights_gpu_percent": round(100 * (1 - self.weights_host_share), 1),
+            "weights_host_percent": round(100 * self.weights_host_share, 1),
             "kv_gpu_percent": round(100 * self.kv_gpu_share, 1),
-            "kv_disk_percent": round(100 * (1 - self.kv_gpu_share), 1),
+            f"kv_{self.kv_tier.split()[0]}_percent": round(100 * (1 - self.kv_gpu_share), 1),
+            "activations_gpu_percent": 100.0,
             "overlap": "next layer's KV and weights load while a layer computes",
         }
+
+
+class FlexgenDram(FlexgenSsd):
+    """KV in host memory, in pinned buffers."""
+
+    name: ClassVar[str] = "flexgen-dram"
+    needs: ClassVar[tuple[str, ...]] = ("gpu", "host", "gpu_link")
+    kv_path: ClassVar[tuple[str, ...]] = ("host dram", "pcie to gpu")
+    store_path: ClassVar[tuple[str, ...]] = ("pcie from gpu", "host dram")
+    kv_tier: ClassVar[str] = "host memory"
+
+
+class FlexgenGds(FlexgenSsd):
+    """GPUDirect Storage: drives write GPU memory peer to peer. Reads stay synchronous, one window outstanding; what
+    is saved is the page cache's work."""
+
+    name: ClassVar[str] = "flexgen-gds"
+    kv_path: ClassVar[tuple[str, ...]] = ("ssd read", "pcie to gpu")
+    store_path: ClassVar[tuple[str, ...]] = ("pcie from gpu", "ssd write")
+
+    def place(self) -> None:
+        if not self.machine.p2p:
+            raise ConfigError(
+                f"scheme {self.name} moves KV between GPU and drive peer to peer, "
+                f"and machine {self.machine.name} has p2p = false"
+            )
+        super().place()
+
+    def read_bandwidth(self, ssd: Ssd, link: Link) -> Bandwidth:
+        return file_read_bandwidth(ssd, link, 0.0, self.machine.ssd_count)
+
+
+class FlexgenSparq(FlexgenSsd):
+    """SparQ on FlexGen: r = sparsity * dh channels of every K, then K and V of the sparsity * S best tokens."""
+
+    name: ClassVar[str] = "flexgen-sparq"
+
+    def _sparse_share(self) -> float:
+        """Elements read of K and V: (S r + 2 k dh) / (2 S dh), at most all."""
+        return min(1.0, self.workload.sparsity * 1.5)
+
+    def kv_read_bytes(self, context: int) -> float:
+        return super().kv_read_bytes(context) * self._sparse_share()
+
+    def attention_s(self, context: int) -> float:
+        return self.attention_decode_s(context * self._sparse_share())

@@ -57,20 +57,27 @@ class FpgaEngine(Scheme):
 
     def decode(self, graph: Graph, context: int, layers: int) -> None:
         w, m, fpga = self.workload, self.model, self.fpga
-        weights = self._layer_macs(w.batch)
-        tokens = engine.attended_tokens(fpga, context)
-        kv_bytes = w.batch * tokens * engine.kv_bytes_per_token_layer(fpga, m)
+        macs = self._layer_macs(w.batch)
         done = [graph.work("token in", "framework", "host", fpga.host_us_per_token * 1e-6)]
+        # Attention sits between the q-k-v product and the rest of the layer.
+        share = m.hidden * m.head_size * (m.heads + 2 * m.kv_heads) / m.layer_weights
+        size = engine.layer_bytes(fpga, m, w.batch)
         for layer in range(layers):
             graph.layer = layer
-            size = engine.layer_bytes(fpga, m, w.batch)
-            linear = self._stream(
-                graph, "weights", "weight access", size, engine.PRODUCTS_PER_LAYER, weights, done[-1:]
-            )
-            pairs = 2 * w.batch * tokens * m.heads * m.head_size
-            done += self._stream(graph, "cached k, v", "kv access", kv_bytes, w.batch, pairs, linear)
+            qkv = self._stream(graph, "q, k, v", "weight access", share * size, 1, share * macs, done)
+            scored = self.attend(graph, context, qkv)
+            rest, products = (1 - share) * size, engine.PRODUCTS_PER_LAYER - 1
+            done = self._stream(graph, "o, ffn", "weight access", rest, products, (1 - share) * macs, scored)
         graph.layer = SETUP
         self._head(graph, done)
+
+    def attend(self, graph: Graph, context: int, after: list[int]) -> list[int]:
+        """Attention of one layer over the cached tokens in HBM; returns what the next product waits for."""
+        w, m, fpga = self.workload, self.model, self.fpga
+        tokens = engine.attended_tokens(fpga, context)
+        size = w.batch * tokens * engine.kv_bytes_per_token_layer(fpga, m)
+        pairs = 2 * w.batch * tokens * m.heads * m.head_size
+        return self._stream(graph, "cached k, v", "kv access", size, w.batch, pairs, after)
 
     def _layer_macs(self, tokens: int) -> float:
         m = self.model

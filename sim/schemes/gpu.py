@@ -1,8 +1,8 @@
-"""Weights and KV in GPU memory: the reference wherever it fits."""
+"""KV in GPU memory: all of it where it fits, and what servers do where it does not."""
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from sim.core.graph import SETUP, Graph
 from sim.result import Residency
@@ -14,14 +14,15 @@ class GpuResident(GpuScheme):
 
     name: ClassVar[str] = "gpu-resident"
     needs: ClassVar[tuple[str, ...]] = ("gpu",)
-    slice_tokens: ClassVar[int] = 16384
-    """Tokens whose prefill activations are alive at once (SIM-GPU-SLICE)."""
+
+    def _fixed_bytes(self) -> float:
+        """Weights and the activations of one prefill slice."""
+        tokens = min(self.workload.batch * self.workload.input_tokens, self.slice_tokens)
+        return self.model.weight_bytes + self.workspace_bytes(1, tokens)
 
     def residency(self) -> list[Residency]:
         w = self.workload
-        tokens = min(w.batch * w.input_tokens, self.slice_tokens)
-        kv = w.batch * w.total_tokens * self.model.kv_bytes_per_token
-        used = self.model.weight_bytes + kv + self.workspace_bytes(1, tokens)
+        used = self._fixed_bytes() + w.batch * w.total_tokens * self.model.kv_bytes_per_token
         return [Residency(tier="GPU memory", used_gb=used / GB, capacity_gb=self.gpu_capacity_gb)]
 
     def connect(self) -> None:
@@ -44,3 +45,55 @@ class GpuResident(GpuScheme):
             done.append(graph.work("o, ffn", after[1], "gpu", after[0], [scored]))
         graph.layer = SETUP
         self.finish(graph, done)
+
+
+class GpuRecompute(GpuResident):
+    """KV in HBM for as many sequences as fit; the others are preempted and their KV is recomputed when they resume.
+
+    Every sequence advances by `recompute_quantum_tokens` before it is preempted: the whole output is what a continuous
+    batching server does, 1 is a batch that advances in lockstep.
+    """
+
+    name: ClassVar[str] = "gpu-recompute"
+
+    def _resident(self, context: int) -> int:
+        """Sequences whose KV fits at `context` cached tokens, at least one."""
+        room = self.gpu_capacity_gb * GB - self._fixed_bytes()
+        fits = int(room // ((context + 1) * self.model.kv_bytes_per_token))
+        return max(1, min(self.workload.batch, fits))
+
+    def residency(self) -> list[Residency]:
+        total = self.workload.total_tokens
+        used = self._fixed_bytes() + self._resident(total) * total * self.model.kv_bytes_per_token
+        return [Residency(tier="GPU memory", used_gb=used / GB, capacity_gb=self.gpu_capacity_gb)]
+
+    def decode(self, graph: Graph, context: int, layers: int) -> None:
+        batch, resident = self.workload.batch, self._resident(context)
+        rounds = batch / resident
+        before, after = self.layer_kernels(resident)
+        attention = rounds * self.attention_of(resident, context)
+        resumed = (batch - resident) / min(self.tuning.recompute_quantum_tokens, self.workload.output_tokens)
+        recompute = resumed * self._recompute_layer_s(context)
+        done: list[int] = []
+        dispatched: list[int] = []
+        for layer in range(layers):
+            graph.layer = layer
+            overhead = rounds * self.tuning.layer_overhead_us * 1e-6
+            dispatched.append(graph.work("dispatch", "framework", "framework", overhead, dispatched[-1:]))
+            ready = [dispatched[-1], *done[-1:]]
+            linear = graph.work("linear layers", before[1], "gpu", rounds * (before[0] + after[0]), ready)
+            scored = graph.work("attention", "kv access", "gpu", attention, [linear])
+            done.append(graph.work("recompute", "recompute", "gpu", recompute, [scored]))
+        graph.layer = SETUP
+        self.finish(graph, done)
+
+    def _recompute_layer_s(self, context: int) -> float:
+        """Prefill of one preempted sequence in one layer."""
+        before, after = self.layer_kernels(context)
+        return before[0] + after[0] + self.attention_prefill_of(1, context)
+
+    def policy(self) -> dict[str, Any]:
+        return {
+            "resident_sequences_at_end": self._resident(self.workload.total_tokens),
+            "recompute_quantum_tokens": self.tuning.recompute_quantum_tokens,
+        }

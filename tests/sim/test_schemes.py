@@ -101,7 +101,7 @@ def test_capacity_errors_say_limit_excess_and_what_fits(calibration):
             {"csd_count": 3},
             "40 heads of opt-13b do not divide over 3 drives; 2 would",
         ),
-        ("reference", "csd", {}, r"unknown scheme 'csd' \(did you mean csd-dense\?\)"),
+        ("reference", "csd-dens", {}, r"unknown scheme 'csd-dens' \(did you mean csd-dense\?\)"),
     ],
 )
 def test_what_a_machine_cannot_host_is_one_sentence(calibration, machine, scheme, overrides, message):

@@ -56,10 +56,11 @@ def simulate_phase(scheme: Scheme, build: Build, fidelity: str, all_layers: bool
     prefix = layers if all_layers else min(layers, LAYERS_SIMULATED)
     graph = Graph()
     build(graph, prefix)
-    run = (analytic if fidelity == "analytic" else execute)(graph, scheme.pipes)
+    rates = _page_rates(scheme, graph) if fidelity == "page" else scheme.pipes
+    run = (analytic if fidelity == "analytic" else execute)(graph, rates)
     rest = layers - prefix
     scale = layers / prefix
-    busy = _by_layer(graph, lambda g: demand_s(g, scheme.pipes), scale)
+    busy = _by_layer(graph, lambda g: demand_s(g, rates), scale)
     pipe_bytes = _by_layer(graph, _pipe_bytes, scale)
     seconds, by_category = _continued(run, prefix, rest)
     floor = max(busy.values(), default=0.0)
@@ -68,6 +69,23 @@ def simulate_phase(scheme: Scheme, build: Build, fidelity: str, all_layers: bool
         slack, seconds = floor / seconds, floor
         by_category = {c: v * slack for c, v in by_category.items()}
     return Phase(seconds, by_category, busy, pipe_bytes, run)
+
+
+def _page_rates(scheme: Scheme, graph: Graph) -> dict[str, float]:
+    """Give every flash transfer the time that its pages take on the page engine; equal transfers are simulated once."""
+    rates = dict(scheme.pipes)
+    known: dict[tuple[str, float], float | None] = {}
+    for pipe in scheme.pipes:
+        caps = []
+        for task in (t for t in graph.tasks if pipe in t.path and t.size_bytes > 0):
+            key = (pipe, task.size_bytes)
+            seconds = known[key] if key in known else known.setdefault(key, scheme.page_seconds(*key))
+            if seconds is not None:
+                task.latency_s = 0.0
+                task.cap_bytes_per_s = task.size_bytes / seconds
+                caps.append(task.cap_bytes_per_s)
+        rates[pipe] = max(caps, default=rates[pipe])
+    return rates
 
 
 def _by_layer(graph: Graph, measure: Callable[[Graph], dict[str, float]], scale: float) -> dict[str, float]:

@@ -28,7 +28,7 @@ def planes(flash: Flash) -> int:
 
 def sense_us(flash: Flash) -> float:
     """Mean array time of a read, retries included."""
-    return flash.read_us * (1 + flash.retry_rate)
+    return flash.read_us * (1 + sum(flash.retry_rate**n for n in range(1, flash.retry_max + 1)))
 
 
 def read_limits(flash: Flash) -> Bandwidth:

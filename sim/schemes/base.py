@@ -65,6 +65,13 @@ class Scheme(ABC):
     def decode(self, graph: Graph, context: int, layers: int) -> None:
         """Add one decode step of the whole batch with `context` tokens cached."""
 
+    def page_seconds(self, pipe: str, size_bytes: float) -> float | None:
+        """Seconds that a transfer's flash pages take on the page engine; None where `pipe` is not flash.
+
+        Replaces the task's fixed latency: the engine starts from an idle drive.
+        """
+        return None
+
     def policy(self) -> dict[str, Any]:
         """Placement and schedule in the scheme's own terms."""
         return {}

@@ -17,6 +17,7 @@ from sim.describe.model import FP16_BYTES
 from sim.devices.csd import AttentionUnit, KvReads, attention_unit
 from sim.devices.drive import write_bandwidth
 from sim.devices.flash import first_page_us, read_limits
+from sim.devices.flash_pages import stream
 from sim.devices.limits import Bandwidth
 from sim.result import Residency
 from sim.schemes.base import GB, GpuScheme, link_bandwidth
@@ -108,6 +109,13 @@ class CsdDense(GpuScheme):
         w = self.workload
         size = w.batch * w.input_tokens * self.model.kv_bytes_per_token_layer * self.stored_copies
         graph.move("store kv", "kv access", ("pcie from gpu", "to drives", "csd program"), size, [qkv])
+
+    def page_seconds(self, pipe: str, size_bytes: float) -> float | None:
+        if pipe != "csd flash":
+            return None
+        pages = math.ceil(size_bytes / self.machine.csd_count / self.csd.page_bytes)
+        filters = min(self.unit.stream_limits().values(), default=math.inf) * 1e9 * self.machine.csd_count
+        return max(stream(self.csd, pages).seconds, size_bytes / filters)
 
     def reads(self, context: int) -> KvReads:
         """What one layer's attention reads and computes over all drives in a step."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 from sim.core.graph import SETUP, Graph
 from sim.describe.base import ConfigError
 from sim.describe.devices import Link, Ssd
-from sim.devices.drive import file_read_bandwidth, write_bandwidth
+from sim.devices.drive import file_read_bandwidth, io_latency_us, write_bandwidth
+from sim.devices.flash import first_page_us
+from sim.devices.flash_pages import stream
 from sim.devices.limits import Bandwidth
 from sim.result import Residency
 from sim.schemes.base import GB, GpuScheme, link_bandwidth
@@ -84,7 +87,22 @@ class FlexgenSsd(GpuScheme):
 
     def read_bandwidth(self, ssd: Ssd, link: Link) -> Bandwidth:
         """KV files are memory-mapped: the page cache reads ahead one window at a time."""
-        return file_read_bandwidth(ssd, link, self.tuning.page_cache_us_per_io, self.machine.ssd_count)
+        return file_read_bandwidth(ssd, link, self.page_cache_us, self.machine.ssd_count)
+
+    @property
+    def page_cache_us(self) -> float:
+        """Kernel and copy time per read-ahead window."""
+        return self.tuning.page_cache_us_per_io
+
+    def page_seconds(self, pipe: str, size_bytes: float) -> float | None:
+        """Read-ahead windows one after the other, each a burst of pages over idle channels."""
+        ssd, link = self.machine.ssd, self.machine.ssd_link
+        if pipe != "ssd read" or ssd is None or link is None:
+            return None
+        window = ssd.io_kib * 1024
+        burst = stream(ssd, math.ceil(window / ssd.page_bytes)).seconds - first_page_us(ssd) * 1e-6
+        window_s = io_latency_us(ssd, link) * 1e-6 + burst + self.page_cache_us * 1e-6
+        return size_bytes / window * window_s
 
     def prefill(self, graph: Graph, layers: int) -> None:
         self.prefill_layers(graph, layers)
@@ -165,8 +183,9 @@ class FlexgenGds(FlexgenSsd):
             )
         super().place()
 
-    def read_bandwidth(self, ssd: Ssd, link: Link) -> Bandwidth:
-        return file_read_bandwidth(ssd, link, 0.0, self.machine.ssd_count)
+    @property
+    def page_cache_us(self) -> float:
+        return 0.0
 
 
 class FlexgenSparq(FlexgenSsd):

@@ -6,6 +6,7 @@ drives, attends to its window while the drives attend to the rest, and merges bo
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 from sim.core.graph import SETUP, Graph
@@ -16,6 +17,7 @@ from sim.devices import fpga as engine
 from sim.devices.csd import AttentionUnit, KvReads, attention_unit
 from sim.devices.drive import write_bandwidth
 from sim.devices.flash import first_page_us, read_limits
+from sim.devices.flash_pages import stream
 from sim.devices.limits import Bandwidth
 from sim.result import Residency
 from sim.schemes.base import GB, link_bandwidth
@@ -67,6 +69,11 @@ class FpgaCsd(FpgaEngine):
         limits = {**read_limits(csd).limits, **self.unit.stream_limits()}
         self._pipe("csd flash", Bandwidth("csd flash", {k: v * count for k, v in limits.items()}))
         self._pipe("csd program", write_bandwidth(csd, link, count))
+
+    def page_seconds(self, pipe: str, size_bytes: float) -> float | None:
+        if pipe != "csd flash":
+            return None
+        return stream(self.csd, math.ceil(size_bytes / self.machine.csd_count / self.csd.page_bytes)).seconds
 
     def prefill(self, graph: Graph, layers: int) -> None:
         super().prefill(graph, layers)

@@ -10,7 +10,7 @@ from sim.describe.base import load
 from sim.describe.devices import Gpu
 from sim.devices import gpu as kernels
 
-ROWS = list(csv.DictReader(Path("sim/data/gpu_ops_a100.csv").open()))
+ROWS = list(csv.DictReader(Path("sim/data/gpu_ops_a100.csv").read_text().splitlines()))
 
 
 def predicted_ms(gpu, row):

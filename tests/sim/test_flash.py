@@ -1,0 +1,178 @@
+"""Flash at page fidelity: textbook limits in their regimes, the same times as simpy processes, and latencies."""
+
+import random
+
+import pytest
+import simpy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sim.describe.base import load
+from sim.describe.devices import Csd, Link, Ssd
+from sim.devices.drive import file_read_bandwidth, read_bandwidth
+from sim.devices.flash import first_page_us, read_limits, transfer_us
+from sim.devices.flash_pages import closed_loop, sense_times_us, stream
+
+DRIVE = load(Csd, "instcsd")
+PAGES = 40_000
+
+
+def drive(**changes):
+    return DRIVE.replaced(**changes)
+
+
+REGIMES = [
+    ({}, "flash array"),
+    ({"arbitration": "transfer-first"}, "flash array"),
+    ({"arbitration": "transfer-first", "dies_per_channel": 16}, "flash array"),
+    ({"multi_plane": False}, "flash array"),
+    ({"dies_per_channel": 2, "cache_read": True}, "flash array"),
+    ({"dies_per_channel": 64}, "flash channel with commands"),
+    ({"read_us": 4.0}, "flash channel with commands"),
+    ({"dies_per_channel": 64, "command_us": 20.0}, "flash channel with commands"),
+    ({"dies_per_channel": 64, "command_us": 0.0}, "flash channel with commands"),
+]
+
+
+@pytest.mark.parametrize(("changes", "binding"), REGIMES)
+def test_saturated_reads_meet_the_textbook_limit(changes, binding):
+    flash = drive(**changes)
+    limits = read_limits(flash)
+    if flash.command_us:
+        assert limits.binding == binding
+    assert stream(flash, PAGES).gb_per_s(flash.page_bytes) == pytest.approx(limits.gb_per_s, rel=0.01)
+
+
+def test_limits_by_hand():
+    # 8 channels, 8 dies, 2 planes of 4 KiB; tx = 4096 B / 1.4 GB/s = 2.926 us.
+    tx = 4096 / 1.4e3
+    assert read_limits(DRIVE).limits["flash array"] == pytest.approx(
+        8 * 8 * 2 * 4.096 / (0.3 + 62.5 + 2 * tx)
+    )
+    waiting = read_limits(drive(arbitration="transfer-first")).limits["flash array"]
+    assert waiting == pytest.approx(8 * 8 * 2 * 4.096 / (0.3 + 62.5 + 8 * 2 * tx))
+    assert read_limits(DRIVE).limits["flash channel with commands"] == pytest.approx(
+        8 * 2 * 4.096 / (0.3 + 2 * tx)
+    )
+
+
+def test_the_two_arbitrations_differ_by_what_respected_simulators_differ():
+    pipelined, waiting = (
+        stream(drive(arbitration=a), PAGES).gb_per_s(4096) for a in ("pipelined", "transfer-first")
+    )
+    assert 1.4 < pipelined / waiting < 1.7
+
+
+def simpy_stream(flash, pages):
+    """The same saturated read with one simpy process per die and the bus as a priority resource."""
+    env = simpy.Environment()
+    p = flash.planes_per_die
+    out = p * transfer_us(flash)
+    finished = []
+
+    def die(bus, own):
+        held = None
+        for _ in range(own):
+            if held is None:
+                held = bus.request(priority=0)
+                yield held
+            yield env.timeout(flash.command_us)
+            bus.release(held)
+            yield env.timeout(flash.read_us)
+            held = bus.request(priority=1)
+            yield held
+            yield env.timeout(out)
+        if held is not None:
+            bus.release(held)
+        finished.append(env.now)
+
+    for _ in range(flash.channels):
+        bus = simpy.PriorityResource(env)
+        commands = pages // flash.channels // p
+        for _die in range(flash.dies_per_channel):
+            env.process(die(bus, commands // flash.dies_per_channel))
+    env.run()
+    return max(finished) * 1e-6
+
+
+@pytest.mark.parametrize("changes", [{}, {"dies_per_channel": 2}, {"read_us": 6.0}, {"planes_per_die": 1}])
+def test_the_page_engine_agrees_with_one_simpy_process_per_die(changes):
+    flash = drive(**changes)
+    pages = flash.channels * flash.dies_per_channel * flash.planes_per_die * 10
+    assert stream(flash, pages).seconds == pytest.approx(simpy_stream(flash, pages), rel=0.002)
+
+
+def test_queue_depth_one_is_one_latency_per_page():
+    flash = drive(multi_plane=False)
+    run = closed_loop(flash, 500, 1, overhead_us=12.0)
+    one = first_page_us(flash) + 12.0
+    assert run.seconds == pytest.approx(500 * one * 1e-6)
+    assert run.latencies_us == pytest.approx([one] * 500)
+
+
+def test_latency_spreads_with_queue_depth_and_every_read_completes():
+    runs = [closed_loop(DRIVE, 20_000, depth) for depth in (1, 16, 128)]
+    assert all(len(r.latencies_us) == 20_000 for r in runs)
+    medians = [round(r.percentile_us(0.5), 6) for r in runs]
+    tails = [r.percentile_us(0.99) for r in runs]
+    assert medians == sorted(medians)
+    assert tails[0] < tails[1] < tails[2]
+    assert tails[2] > 2 * medians[2]
+    rates = [r.gb_per_s(4096) for r in runs]
+    assert rates == sorted(rates)
+
+
+def test_page_types_make_two_latencies_and_retries_a_tail():
+    flash = load(Ssd, "970-pro-1tb").replaced(retry_rate=0.02)
+    draw = sense_times_us(flash, random.Random(1))
+    seen = [draw() for _ in range(20_000)]
+    base = {round(flash.read_us - 6, 3), round(flash.read_us + 6, 3)}
+    assert base <= {round(s, 3) for s in seen}
+    assert sum(seen) / len(seen) == pytest.approx(flash.read_us * (1 + 0.02 / 0.98), rel=0.01)
+    assert max(seen) <= (flash.read_us + 6) * (1 + flash.retry_max)
+
+
+def test_retries_cost_at_most_what_the_paper_states():
+    # InstInfer: mean 0.003 retries, at most 5, cost at most 4.7 per mille.
+    clean, worn = stream(DRIVE, PAGES), stream(drive(retry_rate=0.003), PAGES, seed=3)
+    assert 0 < worn.seconds / clean.seconds - 1 <= 0.0047
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.integers(1, 8), st.integers(1, 12), st.integers(1, 4), st.floats(2, 90), st.integers(1, 4000),
+    st.sampled_from(["pipelined", "transfer-first"]), st.booleans(),
+)  # fmt: skip
+def test_no_configuration_beats_its_limits(channels, dies, planes, read_us, pages, arbitration, cache_read):
+    flash = drive(
+        channels=channels, dies_per_channel=dies, planes_per_die=planes, read_us=read_us, program_us=100.0,
+        arbitration=arbitration, cache_read=cache_read,
+    )  # fmt: skip
+    run = stream(flash, pages)
+    assert run.seconds * 1e6 >= first_page_us(flash) - 1e-6
+    assert run.gb_per_s(flash.page_bytes) <= read_limits(flash.replaced(arbitration="pipelined")).gb_per_s * (
+        1 + 1e-9
+    )
+
+
+def test_the_same_seed_gives_the_same_times():
+    worn = drive(retry_rate=0.05)
+    assert stream(worn, 5000, seed=7) == stream(worn, 5000, seed=7)
+    assert stream(worn, 5000, seed=7) != stream(worn, 5000, seed=8)
+
+
+def test_every_drive_bandwidth_names_its_limit():
+    ssd, link = load(Ssd, "980-pro-2tb"), load(Link, "pcie4-x4")
+    assert read_bandwidth(ssd, link).binding == "drive link"
+    assert read_bandwidth(ssd, load(Link, "pcie4-x16")).binding == "drive rating"
+    assert read_bandwidth(ssd, link, queue_depth=1).binding == "queue depth"
+    assert file_read_bandwidth(ssd, link, 25.0).binding == "memory-mapped file"
+
+
+def test_many_drives_behind_one_uplink_show_the_contention():
+    ssd, link = load(Ssd, "980-pro-2tb"), load(Link, "pcie4-x4")
+    uplink = load(Link, "pcie3-x16")
+    alone = read_bandwidth(ssd, link, count=4)
+    shared = read_bandwidth(ssd, link, count=16).under(uplink)
+    assert shared.binding == "shared uplink pcie3-x16"
+    assert shared.gb_per_s < alone.gb_per_s

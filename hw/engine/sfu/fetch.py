@@ -103,7 +103,7 @@ def reduced(tag) -> data.StructLayout:
 
 
 class Reducer(wiring.Component):
-    """Words of a vector in, its extremes and sum out; one word per cycle, `latency` cycles after the last word."""
+    """Words of a vector in, its extremes and sum out; one word per cycle, `latency_of(lanes)` after the last."""
 
     def __init__(self, lanes: int, tag):
         check_count("Lanes of a reducer", lanes, 2)
@@ -115,10 +115,10 @@ class Reducer(wiring.Component):
             }
         )
 
-    @property
-    def latency(self) -> int:
+    @staticmethod
+    def latency_of(lanes: int) -> int:
         """Cycles from the transfer of a vector's last word to its valid result."""
-        return tree_cycles(self._lanes) + 1
+        return tree_cycles(lanes) + 1
 
     def elaborate(self, platform):
         m = Module()

@@ -43,6 +43,8 @@ CODE_LIFT = 6
 FINISH_SHIFT = 23
 QUEUE = 32
 VECTORS_IN_FLIGHT = 8
+DIVIDE_PERIOD = RECIP_BITS // 2 + 3
+"""Cycles between the reciprocals of two vectors."""
 
 
 def softmax_word(lanes: int) -> data.StructLayout:
@@ -134,8 +136,8 @@ class SoftmaxUnit(wiring.Component):
     `i`: stream of `softmax_word`; whole tiles, of which dead words may hold anything. `act`: one write per tile;
     `table`: (g, rl, 23) per vector, (0, 0, 23) when no slot is live. `idle`: nothing is inside.
 
-    Timing, from the transfer of a tile's last word to its `act` write: `tile_latency`; from the transfer of a
-    vector's last word to its `table` write: `vector_latency`, when no earlier vector waits for the divider.
+    Timing, from the transfer of a tile's last word to its `act` write: `tile_latency_of(lanes)`; from the transfer of a
+    vector's last word to its `table` write: `vector_latency_of(lanes)`, when no earlier vector waits for the divider.
     Raises ValueError unless `lanes` is 4 to 32 and divides 32.
     """
 
@@ -153,26 +155,17 @@ class SoftmaxUnit(wiring.Component):
             }
         )
 
-    @property
-    def top_latency(self) -> int:
-        """From the transfer of a tile's last word to the tile's maximum at the head of its queue."""
-        return tree_cycles(self._lanes) + 3
-
-    @property
-    def sum_latency(self) -> int:
-        """From a tile's last word in stretch 2 to the tile's sums at the head of their queue."""
-        return 1 + Exp2.latency + 2 + 2 + tree_cycles(self._lanes) + 2
-
-    @property
-    def tile_latency(self) -> int:
+    @staticmethod
+    def tile_latency_of(lanes: int) -> int:
         """From the transfer of a tile's last word to the cycle of its `act` write, when words arrive back to back."""
-        more_words = TILE // self._lanes - 1
-        return self.top_latency + more_words + self.sum_latency + more_words + 4
+        top = tree_cycles(lanes) + 3  # ... to the tile's maximum at the head of its queue
+        sums = 1 + Exp2.latency + 2 + 2 + tree_cycles(lanes) + 2  # ... to its sums at the head of theirs
+        return top + sums + 2 * (TILE // lanes - 1) + 4
 
-    @property
-    def vector_latency(self) -> int:
+    @staticmethod
+    def vector_latency_of(lanes: int) -> int:
         """From the transfer of a vector's last word to the cycle of its `table` write, likewise."""
-        return self.tile_latency + RECIP_BITS // 2 + 1
+        return SoftmaxUnit.tile_latency_of(lanes) + RECIP_BITS // 2 + 1
 
     def elaborate(self, platform):
         m = Module()

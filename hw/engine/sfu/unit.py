@@ -20,7 +20,7 @@ everything but one latency per pass.
 `fresh` replaces the scan: every write to VB collects the extremes of its vector, and they are replayed.
 """
 
-from amaranth import Module, Mux, Signal
+from amaranth import Module, Mux, Signal, unsigned
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -38,7 +38,7 @@ from hw.engine.interfaces import (
 from hw.engine.sfu.fetch import Fetch, Reducer
 from hw.engine.sfu.lanes import N1_BIAS, VEC, LaneArray, LaneOp
 from hw.engine.sfu.retire import GroupWriter
-from hw.engine.sfu.scalars import LaneScalars, ScalarKind, ScalarUnit
+from hw.engine.sfu.scalars import SUM_BITS, LaneScalars, ScalarKind, ScalarUnit
 from hw.engine.sfu.softmax import SoftmaxUnit
 from hw.engine.sfu.walker import Beat, Pass, Walker, is_op
 from hw.lib.memories import TypedMemory
@@ -56,8 +56,13 @@ LANE_OPS = {
 SCANNING = (Op.NORM, Op.QUANT, Op.KVQUANT)
 """Instructions that need the extremes of their operand first."""
 VECTORS_MAX = 256
-SETTLE = 6
-"""Cycles from the last result word to the last visible effect: A8 groups take two and are read two later."""
+COUNT = range(2 * VECTORS_MAX + 1)
+"""Vectors of an instruction, twice over for the two reductions of NORM."""
+SUM = unsigned(SUM_BITS)
+SETTLE_WORDS = 1
+"""Cycles from the last result word to `done`: a VB write is visible in the next cycle."""
+SETTLE_GROUPS = 4
+"""The same for A8 groups, which take two cycles to write and are visible two later, and for scale table entries."""
 
 
 class Extremes(data.Struct):
@@ -112,7 +117,8 @@ class VectorUnit(wiring.Component):
     def _control(self, m: Module, walker, softmax, array) -> None:
         """Instructions in, `done` out: one instruction is inside at a time."""
         op, port = walker.op, self.unit
-        settle = Signal(range(SETTLE))
+        settle = Signal(range(SETTLE_GROUPS))
+        grouped = is_op(op.op, Op.QUANT, Op.SOFTMAX)
         all_scores = Signal()
         ended = array.o.valid & array.o.ready & array.o.p.tag.final
         m.d.comb += [walker.i.payload.eq(port.op.payload), port.error.eq(walker.error)]
@@ -121,12 +127,13 @@ class VectorUnit(wiring.Component):
         with m.FSM(name="unit"):
             with m.State("IDLE"):
                 m.d.comb += [walker.i.valid.eq(port.op.valid), port.op.ready.eq(walker.i.ready)]
-                m.d.sync += settle.eq(SETTLE - 1)
                 with m.If(port.op.valid & port.op.ready):
                     m.d.sync += all_scores.eq(0)
                     m.next = "BUSY"
-            with m.State("BUSY"), m.If(Mux(op.op == int(Op.SOFTMAX), all_scores & softmax.idle, ended)):
-                m.next = "SETTLE"
+            with m.State("BUSY"):
+                m.d.sync += settle.eq(Mux(grouped, SETTLE_GROUPS, SETTLE_WORDS) - 1)
+                with m.If(Mux(op.op == int(Op.SOFTMAX), all_scores & softmax.idle, ended)):
+                    m.next = "SETTLE"
             with m.State("SETTLE"):
                 m.d.sync += settle.eq(settle - 1)
                 with m.If(settle == 0):
@@ -134,39 +141,46 @@ class VectorUnit(wiring.Component):
                     m.next = "IDLE"
 
     def _scalars(self, m: Module, walker, reducer, scalars, fetch, array):
-        """Extremes and sums to scalars and their memories; returns how many scalars of the instruction are known."""
-        op, vector = walker.op, reducer.o.p.tag.vector
+        """Extremes and sums to scalars and their memories; returns how many scalars of the instruction are known.
+
+        Reduced vectors wait in memories, so that no pass ever stalls behind the sequential unit. The feeder takes
+        them in order: the vectors of the first pass (at once if they are fresh), then for NORM those of the second.
+        """
+        op, request, result = walker.op, scalars.i, scalars.o
         m.submodules.extremes = extremes = TypedMemory(Extremes, VECTORS_MAX, asynchronous_read=True)
+        m.submodules.totals = totals = TypedMemory(SUM, VECTORS_MAX, asynchronous_read=True)
         m.submodules.factors = factors = TypedMemory(
             LaneScalars, VECTORS_MAX, read_ports=3, asynchronous_read=True
         )
-        request, result = scalars.i, scalars.o
-        replaying, index = Signal(), Signal(8)
-        written = reducer.o.p.tag.stage == Pass.MAIN
+        norm, scanning = op.op == int(Op.NORM), is_op(op.op, *SCANNING)
+        available, fed, known = (Signal(COUNT, name=name) for name in ("available", "fed", "known"))
+        index, second = Signal(8), Signal()
+        main = reducer.o.p.tag.stage == Pass.MAIN
         m.d.comb += [
-            extremes.w.en.eq(reducer.o.valid & written),
-            extremes.w.addr.eq(vector),
+            reducer.o.ready.eq(1),
+            extremes.w.addr.eq(reducer.o.p.tag.vector),
             extremes.w.data.least.eq(reducer.o.p.least),
             extremes.w.data.most.eq(reducer.o.p.most),
+            extremes.w.en.eq(reducer.o.valid & (reducer.o.p.tag.stage != Pass.SQUARE)),
+            totals.w.addr.eq(reducer.o.p.tag.vector),
+            totals.w.data.eq(reducer.o.p.total),
+            totals.w.en.eq(reducer.o.valid & (reducer.o.p.tag.stage == Pass.SQUARE)),
             extremes.r[0].addr.eq(index),
+            totals.r[0].addr.eq(index),
             factors.r[0].addr.eq(fetch.o.p.tag.vector),
-            factors.r[1].addr.eq(vector),
+            factors.r[1].addr.eq(index),
             factors.r[2].addr.eq(array.o.p.tag.vector),
-            request.valid.eq(replaying | (reducer.o.valid & ~written)),
-            reducer.o.ready.eq(written | (request.ready & ~replaying)),
         ]
-        square = ~replaying & (reducer.o.p.tag.stage == Pass.SQUARE)
         first = Mux(
-            op.op == int(Op.NORM),
-            ScalarKind.SQUARE_SHIFT,
-            Mux(op.op == int(Op.KVQUANT), ScalarKind.KV, ScalarKind.A8),
+            norm, ScalarKind.SQUARE_SHIFT, Mux(op.op == int(Op.KVQUANT), ScalarKind.KV, ScalarKind.A8)
         )
         m.d.comb += [
-            request.p.kind.eq(Mux(square, ScalarKind.NORM, first)),
-            request.p.v.eq(Mux(replaying, index, vector)),
-            request.p.least.eq(Mux(replaying, extremes.r[0].data.least, reducer.o.p.least)),
-            request.p.most.eq(Mux(replaying, extremes.r[0].data.most, reducer.o.p.most)),
-            request.p.total.eq(reducer.o.p.total),
+            request.valid.eq(available != fed),
+            request.p.kind.eq(Mux(second, ScalarKind.NORM, first)),
+            request.p.v.eq(index),
+            request.p.least.eq(extremes.r[0].data.least),
+            request.p.most.eq(extremes.r[0].data.most),
+            request.p.total.eq(totals.r[0].data),
             request.p.shift.eq(factors.r[1].data.n1 - N1_BIAS),
             request.p.epsilon.eq(op.epsilon),
             request.p.factor.eq(op.factor),
@@ -174,11 +188,18 @@ class VectorUnit(wiring.Component):
             request.p.wide.eq(op.bits == 8),
         ]
         with m.If(walker.accepted):
-            m.d.sync += [replaying.eq(op.fresh & is_op(op.op, *SCANNING)), index.eq(0)]
-        with m.Elif(replaying & request.ready):
-            m.d.sync += [index.eq(index + 1), replaying.eq(index != op.vectors - 1)]
-
-        known = Signal(range(2 * VECTORS_MAX + 1))
+            m.d.sync += [
+                available.eq(Mux(op.fresh & scanning, op.vectors, 0)),
+                fed.eq(0),
+                index.eq(0),
+                second.eq(0),
+            ]
+        with m.Else():
+            m.d.sync += available.eq(available + (reducer.o.valid & ~main))
+            with m.If(request.valid & request.ready):
+                m.d.sync += [fed.eq(fed + 1), index.eq(index + 1)]
+                with m.If(index == op.vectors - 1):
+                    m.d.sync += [index.eq(0), second.eq(1)]
         m.d.comb += [
             result.ready.eq(1),
             factors.w.en.eq(result.valid),

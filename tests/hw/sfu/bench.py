@@ -78,6 +78,8 @@ class Machine:
         ctx.set(self.reset, 1)
         await ctx.tick()
         ctx.set(self.reset, 0)
+        # The memory model still stores what was on the ports when reset came.
+        await ctx.tick()
         self.error = 0
 
     async def _issue(self, ctx, op: dict, limit: int) -> None:

@@ -77,8 +77,8 @@ class Trace:
         self.tile_cycles, self.final_cycles = [], []
 
 
-def run(lanes: int, vectors: list[dict], pause=no_pause, dut=None) -> Trace:
-    dut, trace = dut or SoftmaxUnit(lanes), Trace()
+def run(lanes: int, vectors: list[dict], pause=no_pause) -> Trace:
+    dut, trace = SoftmaxUnit(lanes), Trace()
     words = [word for index, vector in enumerate(vectors) for word in words_of(lanes, index, vector)]
 
     async def producer(ctx):
@@ -114,10 +114,10 @@ def run(lanes: int, vectors: list[dict], pause=no_pause, dut=None) -> Trace:
     return trace
 
 
-def check(lanes: int, seed: int, count: int, stall: float = 0.0, dut=None) -> None:
+def check(lanes: int, seed: int, count: int, stall: float = 0.0) -> None:
     rng = random.Random(seed)
     vectors = [vector_of(rng, rng.choice([1, 1, 2, 3, 7])) for _ in range(count)]
-    trace = run(lanes, vectors, pauses(seed, stall), dut)
+    trace = run(lanes, vectors, pauses(seed, stall))
     for index, vector in enumerate(vectors):
         tiles, final = ref.softmax(**vector)
         for tile, want in enumerate(tiles):
@@ -139,13 +139,12 @@ def test_stalls_change_no_bit(seed):
 @pytest.mark.parametrize("lanes", [8, 16])
 def test_latencies_are_the_stated_cycles(lanes):
     vectors = [vector_of(random.Random(5), 4)]
-    trace, unit = run(lanes, vectors), SoftmaxUnit(lanes)
+    trace = run(lanes, vectors)
     per_tile = TILE // lanes
     ends = trace.entered[per_tile - 1 :: per_tile]
-    assert [b - a for a, b in zip(ends, trace.tile_cycles)] == [unit.tile_latency] * 4
-    assert trace.final_cycles[0] - trace.entered[-1] == unit.vector_latency
+    assert [b - a for a, b in zip(ends, trace.tile_cycles)] == [SoftmaxUnit.tile_latency_of(lanes)] * 4
+    assert trace.final_cycles[0] - trace.entered[-1] == SoftmaxUnit.vector_latency_of(lanes)
     assert trace.entered[-1] - trace.entered[0] == 4 * per_tile - 1
-    run(lanes, [], dut=unit)
 
 
 def test_exp2_over_its_fractions_and_beyond_its_range():

@@ -1,0 +1,68 @@
+"""The closed forms of `hw.engine.sfu.timing` against cycles counted on the RTL."""
+
+import random
+
+import pytest
+
+from golden.spec.engine import Op
+from hw.engine.sfu.timing import Times, instruction_cycles
+from tests.hw.sfu.bench import Machine, instruction
+from tests.hw.sfu.test_unit import CONFIGS, OPS
+
+SHAPES = [(8, 1), (64, 1), (64, 9), (32, 6), (8, 12), (576, 1), (256, 3), (40, 20), (32, 40), (33, 2)]
+
+
+def legal(op: Op, count: int, lanes: int) -> int:
+    if op is Op.KVQUANT:
+        return -(-count // 32) * 32
+    return count & ~1
+
+
+def run(op: Op, lanes: int, shapes, fresh: bool) -> tuple[list, list]:
+    machine, ops, predicted = Machine(CONFIGS[lanes]), [], []
+    for count, vectors in shapes:
+        count = legal(op, count, lanes)
+        fields = {
+            "count": count,
+            "vectors": vectors,
+            "fresh": fresh,
+            "vec_group": 1,
+            "bits": 4,
+            "high": 65000,
+        }
+        ops.append(instruction(op, stride=1, addr_b=512, dst_stride=1, **fields))
+        predicted.append(
+            (op.name, lanes, count, vectors, instruction_cycles(op, lanes, count, vectors, fresh=fresh))
+        )
+    machine.run(ops)
+    assert machine.error == 0
+    return predicted, [(*p[:4], got) for p, got in zip(predicted, machine.cycles)]
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name.lower())
+def test_cycles_of_an_instruction_are_the_closed_form(op):
+    predicted, measured = run(op, 8, SHAPES, fresh=False)
+    assert measured == predicted
+
+
+@pytest.mark.parametrize("op", [Op.NORM, Op.QUANT, Op.KVQUANT], ids=lambda op: op.name.lower())
+def test_cycles_over_fresh_operands_are_the_closed_form(op):
+    predicted, measured = run(op, 8, SHAPES, fresh=True)
+    assert measured == predicted
+
+
+@pytest.mark.parametrize("op", [Op.NORM, Op.SOFTMAX], ids=lambda op: op.name.lower())
+def test_sixteen_lanes_follow_the_same_closed_form(op):
+    predicted, measured = run(op, 16, [(576, 1), (64, 9), (130, 3)], fresh=False)
+    assert measured == predicted
+
+
+def test_max_plus_sequences_equal_their_recurrence():
+    rng = random.Random(0)
+    for _ in range(50):
+        lines = tuple((rng.randint(0, 30), rng.randint(0, 9)) for _ in range(3))
+        service, arrivals = rng.randint(1, 12), Times(lines)
+        start = arrivals.of(0)
+        for v in range(1, 20):
+            start = max(arrivals.of(v), start + service)
+            assert arrivals.served(service).of(v) == start

@@ -26,11 +26,17 @@ DOT_BITS = 22
 QUADS = STEP // 2
 
 
-def _pattern_selects(pattern):
-    """Positions of the two kept weights of a quad, for the six legal pattern codes."""
-    first = Mux(pattern < 3, 0, Mux(pattern == 5, 2, 1))
-    second = Mux(pattern == 0, 1, Mux((pattern == 1) | (pattern == 3), 2, 3))
-    return first[:2], second[:2]
+def _selects(patterns, sparse):
+    """Two bits of select for all multipliers at once: which of a quad's four activations is the first and the second
+    operand; a dense step reads its weights instead (first = 3, second = 0).
+
+    Patterns 0 to 5 keep positions (0,1) (0,2) (0,3) (1,2) (1,3) (2,3); `patterns[j]` is bit j of every pattern.
+    """
+    zero, one, two = patterns
+    dense = (~sparse).replicate(len(zero))
+    first = ((one & zero) | (two & ~zero) | dense, (two & zero) | dense)
+    second = (~(one | zero) | (one & ~zero) | two, zero | one | two)
+    return first, tuple(bit & ~dense for bit in second)
 
 
 class LanePair(wiring.Component):
@@ -66,30 +72,33 @@ class LanePair(wiring.Component):
         products = [self._multiplier(m, j, weights, first[j], second[j], sparse) for j in range(STEP)]
         sums = []
         for chain in range(STEP // CHAIN):
-            total = Signal(SUM_BITS, name=f"sum_{chain}")
+            total = Signal(SUM_BITS, name=f"sum_{chain}", reset_less=True)
             m.d.sync += total.eq(sum(products[CHAIN * chain : CHAIN * (chain + 1)])[:SUM_BITS])
             sums.append(total)
         self._dots(m, sums, self._correction(m, weights, sparse))
         return m
 
     def _weights(self, m):
-        """Weight registers: unsigned fields per row and position, selects per multiplier, mode."""
-        weights = [[Signal(8, name=f"w_{r}_{k}") for k in range(STEP)] for r in range(2)]
-        first = [Signal(2, name=f"first_{j}") for j in range(STEP)]
-        second = [Signal(2, name=f"second_{j}") for j in range(STEP)]
-        sparse = Signal()
+        """Weight registers: unsigned fields per row and position, selects per multiplier, mode.
+
+        A row's 32 fields are four registers of eight: register k % 4, byte k // 4. All crumbs of a plane then reach their
+        places with one shift and mask per register, which costs a simulator far less than a slice per field.
+        """
+        crumbs = Const(sum(3 << (8 * i) for i in range(8)), 64)
+        fields = [[Signal(64, name=f"w_{r}_{s}", reset_less=True) for s in range(4)] for r in range(2)]
+        bits = [Signal(STEP, name=f"select_{i}", reset_less=True) for i in range(4)]
+        sparse = Signal(reset_less=True)
         with m.If(self.load):
-            m.d.sync += sparse.eq(self.sparse)
+            first, second = _selects(self.patterns, self.sparse)
+            m.d.sync += [sparse.eq(self.sparse), *(bit.eq(new) for bit, new in zip(bits, first + second))]
             for r in range(2):
-                for k in range(STEP):
-                    bit = (r * STEP + k) * 2
-                    m.d.sync += weights[r][k].eq(Cat(plane[bit : bit + 2] for plane in self.planes))
-            for j in range(STEP):
-                one, two = _pattern_selects(Cat(plane[j] for plane in self.patterns))
-                m.d.sync += [
-                    first[j].eq(Mux(self.sparse, one, 3)),
-                    second[j].eq(Mux(self.sparse, two, 0)),
-                ]
+                rows = [plane.word_select(r, 2 * STEP) for plane in self.planes]
+                for s in range(4):
+                    parts = [(((row >> (2 * s)) & crumbs) << (2 * p))[:64] for p, row in enumerate(rows)]
+                    m.d.sync += fields[r][s].eq(parts[0] | parts[1] | parts[2] | parts[3])
+        weights = [[fields[r][k % 4].word_select(k // 4, 8) for k in range(STEP)] for r in range(2)]
+        first = [Cat(bits[0][j], bits[1][j]) for j in range(STEP)]
+        second = [Cat(bits[2][j], bits[3][j]) for j in range(STEP)]
         return weights, first, second, sparse
 
     def _multiplier(self, m, j, weights, first, second, sparse):
@@ -97,8 +106,8 @@ class LanePair(wiring.Component):
         row, quad = divmod(j, QUADS)
         c1, c2 = weights[row][2 * quad], weights[row][2 * quad + 1]
         acts = [self.acts[32 * quad + 8 * i : 32 * quad + 8 * i + 8] for i in range(4)]
-        x = Signal(signed(27), name=f"x_{j}")
-        y = Signal(signed(FIELD), name=f"y_{j}")
+        x = Signal(signed(27), name=f"x_{j}", reset_less=True)
+        y = Signal(signed(FIELD), name=f"y_{j}", reset_less=True)
         low, high = Signal(8, name=f"low_{j}"), Signal(12, name=f"high_{j}")
         with m.Switch(first):
             for i in range(3):
@@ -114,7 +123,7 @@ class LanePair(wiring.Component):
                 m.d.comb += high.eq(Cat(Const(0, 3), weights[1][j]))
         kept = Cat(Const(1, 1), c2[0], (~c2[1]).replicate(13), c2[1], c1[0], ~c1[1])
         dense = self.dense_acts[8 * j : 8 * j + 8]
-        product = Signal(SUM_BITS, name=f"product_{j}")
+        product = Signal(SUM_BITS, name=f"product_{j}", reset_less=True)
         m.d.sync += [
             x.eq(Cat(low, Const(0, 7), high)),
             y.eq(Mux(sparse, kept, Cat(dense, dense[7].replicate(10)))),
@@ -127,8 +136,8 @@ class LanePair(wiring.Component):
         mode = sparse
         rows = [sum(weights[r][2 * q][:2] for q in range(QUADS)) for r in range(2)]
         for stage in range(3):
-            delayed = [Signal(6, name=f"codes_{r}_{stage}") for r in range(2)]
-            later = Signal(name=f"sparse_{stage}")
+            delayed = [Signal(6, name=f"codes_{r}_{stage}", reset_less=True) for r in range(2)]
+            later = Signal(name=f"sparse_{stage}", reset_less=True)
             m.d.sync += [*(d.eq(r) for d, r in zip(delayed, rows)), later.eq(mode)]
             rows, mode = delayed, later
         bias = 128 * 3 * QUADS
@@ -147,5 +156,7 @@ class LanePair(wiring.Component):
             [Mux(sparse, middle[q] if q < half else zero, low[q]) for q in range(len(sums))],
             [Mux(sparse, middle[q] if q >= half else zero, high[q]) for q in range(len(sums))],
         ]
+        dots = [Signal(signed(DOT_BITS), name=f"dot_{r}", reset_less=True) for r in range(2)]
         for r in range(2):
-            m.d.sync += self.dots[r].eq(sum(rows[r]) - terms[r])
+            m.d.comb += self.dots[r].eq(dots[r])
+            m.d.sync += dots[r].eq(sum(rows[r]) - terms[r])

@@ -84,7 +84,7 @@ class ChannelPlanes(wiring.Component):
         """A word holds `per_word` planes; `chunk` planes of it at a time enter the step."""
         c, plane = self.control, self._lanes * STEP * 2
         per_word = WORD_BITS // plane
-        waiting, current = Signal(WORD_BITS), Signal(WORD_BITS)
+        waiting, current = Signal(WORD_BITS, reset_less=True), Signal(WORD_BITS, reset_less=True)
         with m.If(c.take_code):
             m.d.sync += waiting.eq(self.word)
         planes = {Codes.U8: 4, Codes.U4: 2, Codes.U2: 1, Codes.S24: 1}
@@ -109,8 +109,8 @@ class ChannelPlanes(wiring.Component):
         c, width, kept = self.control, self._lanes * STEP // 2, []
         for bit in range(PATTERN_WORDS):
             waiting, current = (
-                Signal(WORD_BITS, name=f"waiting_{bit}"),
-                Signal(WORD_BITS, name=f"current_{bit}"),
+                Signal(WORD_BITS, name=f"waiting_{bit}", reset_less=True),
+                Signal(WORD_BITS, name=f"current_{bit}", reset_less=True),
             )
             with m.If(c.take_pattern & (c.pattern == bit)):
                 m.d.sync += waiting.eq(self.word)
@@ -125,7 +125,7 @@ class ChannelPlanes(wiring.Component):
 
     def _scales(self, m):
         c, lanes = self.control, self._lanes
-        waiting, current = Signal(WORD_BITS), Signal(WORD_BITS)
+        waiting, current = Signal(WORD_BITS, reset_less=True), Signal(WORD_BITS, reset_less=True)
         with m.If(c.take_scale):
             m.d.sync += waiting.eq(self.word)
         with m.If(c.emit):

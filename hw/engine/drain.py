@@ -43,8 +43,11 @@ class ScaleLane(wiring.Component):
 
     def elaborate(self, platform):
         m = Module()
-        rounded, product = Signal(signed(PRE_BITS)), Signal(signed(PRE_BITS + MULT_BITS))
-        mult, post_1, post_2 = Signal(MULT_BITS), Signal(6), Signal(6)
+        rounded = Signal(signed(PRE_BITS), reset_less=True)
+        product = Signal(signed(PRE_BITS + MULT_BITS), reset_less=True)
+        mult, post_1, post_2 = (
+            Signal(n, name=f"delayed_{i}", reset_less=True) for i, n in enumerate((MULT_BITS, 6, 6))
+        )
         m.d.sync += [
             rounded.eq(rnd_shift(self.acc, self.scale.pre)),
             mult.eq(self.scale.mult),
@@ -90,7 +93,8 @@ class Drain(wiring.Component):
         m.submodules.table = table = TypedMemory(
             OutputScale, self._config.table_entries, asynchronous_read=True, ram_style="distributed"
         )
-        scale, acc = Signal(OutputScale), Signal(data.ArrayLayout(signed(ATTN_ACC_BITS), lanes))
+        scale = Signal(OutputScale, reset_less=True)
+        acc = Signal(data.ArrayLayout(signed(ATTN_ACC_BITS), lanes), reset_less=True)
         m.d.comb += [
             table.w.addr.eq(self.table.addr),
             table.w.en.eq(self.table.en),
@@ -106,7 +110,7 @@ class Drain(wiring.Component):
         writes = self._delay(m, active, address, op["accumulate"], finish)
         for i in range(lanes):
             lane = place(m, platform, f"scale_{i}", "scale_lane", ScaleLane)
-            total = Signal(signed(VEC_BITS), name=f"total_{i}")
+            total = Signal(signed(VEC_BITS), name=f"total_{i}", reset_less=True)
             old = self.old.data[VEC_BITS * i :][:VEC_BITS].as_signed()
             m.d.comb += [lane.acc.eq(acc[i]), Value.cast(lane.scale).eq(Value.cast(scale))]
             m.d.sync += total.eq(saturate(lane.y + Mux(writes["accumulate"], old, 0), VEC_BITS))

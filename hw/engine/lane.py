@@ -31,26 +31,38 @@ def half_shift(half):
     return Mux(half.exponent == 0, 0, half.exponent - 1)[:5]
 
 
-class LaneControl(data.Struct):
-    """What every lane gets alongside a dot product: the activation group's sidecar and the accumulator to update."""
+class ScaleControl(data.Struct):
+    """With the dot product: how the activation group scales it."""
+
+    values: 1
+    sum: signed(14)
+    shift: 6
+
+
+class AddControl(data.Struct):
+    """One cycle later: what a tile of values adds as it is."""
+
+    values: 1
+    addend: signed(ADDEND_BITS)
+
+
+class UpdateControl(data.Struct):
+    """Three cycles later: the accumulator to update."""
 
     valid: 1
-    values: 1
     first: 1
     slot: 5
-    addend: signed(ADDEND_BITS)
-    shift: 6
     decay: 6
 
 
 class Lane(wiring.Component):
     """Scale a dot product into one of the accumulators: `(acc >> decay or 0) + dot * scale + sum(a) * minimum`.
 
-    Weights and keys: scale and minimum are the row's fp16 records and `addend` the sum of the activations.
+    Weights and keys: scale and minimum are the row's fp16 records and `sum` the sum of the activations; decay is 0.
     Values: the product is `dot << shift`, plus `addend` as it is; scale and minimum are ignored.
     Accumulator `slot` = bank * vectors + vector, 56 bits. `load` takes `scale` and `minimum` with the weight step of the
-    multipliers; they meet the dot products of that step. `dot` and `control` belong to the same cycle; the accumulator
-    holds the result `latency` cycles later. `drained` reads accumulator `drain` combinationally.
+    multipliers; they meet the dot products of that step. `dot` and `control` belong to cycle t, `add` to t + 1, `update` to
+    t + 3; the accumulator holds the result in t + `latency`. `drained` reads accumulator `drain` combinationally.
     """
 
     latency = 4
@@ -60,10 +72,12 @@ class Lane(wiring.Component):
         super().__init__(
             {
                 "load": In(1),
-                "dot": In(signed(DOT_BITS)),
                 "scale": In(16),
                 "minimum": In(16),
-                "control": In(LaneControl),
+                "dot": In(signed(DOT_BITS)),
+                "control": In(ScaleControl),
+                "add": In(AddControl),
+                "update": In(UpdateControl),
                 "drain": In(range(self._slots)),
                 "drained": Out(signed(ATTN_ACC_BITS)),
             }
@@ -73,32 +87,31 @@ class Lane(wiring.Component):
         m = Module()
         wide = ATTN_ACC_BITS
         scale, minimum = self._records(m)
-        c1, c2, c3 = (Signal(LaneControl, name=f"control_{i}") for i in (1, 2, 3))
-        m.d.sync += [c1.eq(self.control), c2.eq(c1), c3.eq(c2)]
-
-        product, least = Signal(signed(34)), Signal(signed(26))
-        shift, least_shift = Signal(6), Signal(5)
+        product, least = Signal(signed(34), reset_less=True), Signal(signed(26), reset_less=True)
+        shift, least_shift = Signal(6, reset_less=True), Signal(5, reset_less=True)
         m.d.sync += [
             product.eq(self.dot * Mux(self.control.values, 1, mantissa(scale))),
             shift.eq(Mux(self.control.values, self.control.shift, half_shift(scale))),
-            least.eq(self.control.addend[:14].as_signed() * mantissa(minimum)),
+            least.eq(self.control.sum * mantissa(minimum)),
             least_shift.eq(half_shift(minimum)),
         ]
-        scaled, addend, update = Signal(signed(wide)), Signal(signed(wide)), Signal(signed(wide))
+        scaled, addend, change = (
+            Signal(signed(wide), name=name, reset_less=True) for name in ("scaled", "addend", "change")
+        )
         m.d.sync += [
             scaled.eq(product << shift),
-            addend.eq(Mux(c1.values, c1.addend, least << least_shift)),
-            update.eq(scaled + addend),
+            addend.eq(Mux(self.add.values, self.add.addend, least << least_shift)),
+            change.eq(scaled + addend),
         ]
         m.submodules.accumulators = acc = TypedMemory(
             signed(wide), self._slots, read_ports=2, asynchronous_read=True, ram_style="distributed"
         )
-        old = Mux(c3.first, 0, Mux(c3.values, acc.r[0].data >> c3.decay, acc.r[0].data))
+        old = Mux(self.update.first, 0, acc.r[0].data >> self.update.decay)
         m.d.comb += [
-            acc.r[0].addr.eq(c3.slot),
-            acc.w.addr.eq(c3.slot),
-            acc.w.en.eq(c3.valid),
-            acc.w.data.eq(old + update),
+            acc.r[0].addr.eq(self.update.slot),
+            acc.w.addr.eq(self.update.slot),
+            acc.w.en.eq(self.update.valid),
+            acc.w.data.eq(old + change),
             acc.r[1].addr.eq(self.drain),
             self.drained.eq(acc.r[1].data),
         ]
@@ -108,7 +121,7 @@ class Lane(wiring.Component):
         """The step's fp16 records, delayed as the multipliers delay its codes."""
         records = Cat(self.scale, self.minimum)
         for stage in range(1 + LanePair.latency):
-            later = Signal(32, name=f"records_{stage}")
+            later = Signal(32, name=f"records_{stage}", reset_less=True)
             if stage == 0:
                 with m.If(self.load):
                     m.d.sync += later.eq(records)

@@ -21,7 +21,7 @@ from hw.engine.interfaces import (
     vb_write,
     word_stream,
 )
-from hw.engine.lane import BANKS, Lane, LaneControl
+from hw.engine.lane import BANKS, AddControl, Lane, ScaleControl, UpdateControl
 from hw.lib.memories import TypedMemory
 from hw.lib.shared import place
 from hw.lib.streams import StreamFIFO, connect
@@ -244,31 +244,16 @@ class MatrixUnit(wiring.Component):
 
     def _lanes(self, m, platform, decoder, issue, acts, drain):
         """The shared part of the pipeline: activations, sidecars and control, delayed to where lanes want them."""
-        now = Signal(LaneControl)
-        half, offset = Signal(), Signal()
-        m.d.sync += [
-            now.valid.eq(issue.fire),
-            now.values.eq(issue.values),
-            now.first.eq(issue.first),
-            now.slot.eq(issue.slot),
-            half.eq(issue.half),
-            offset.eq(issue.offset),
-        ]
-        control = Signal(LaneControl, name="control_0")
+        half, offset, values = Signal(), Signal(), Signal()
+        m.d.sync += [half.eq(issue.half), offset.eq(issue.offset), values.eq(issue.values)]
         side = acts.sides[half]
-        m.d.comb += [
-            Value.cast(control).eq(Value.cast(now)),
-            control.addend.eq(side.addend),
-            control.shift.eq(side.shift),
-            control.decay.eq(side.decay),
-        ]
         dense = Signal(8 * STEP)
         m.d.comb += dense.eq(Mux(half, acts.codes[8 * STEP :], acts.codes[: 8 * STEP]))
         correction = Mux(
             offset, Cat(Const(0, 7), side.addend[: DOT_BITS - 7]).as_signed(), Const(0, signed(DOT_BITS))
         )
         correction = self._delayed(m, "correction", correction, LanePair.latency - 1)
-        final = self._delayed(m, "control", control, LanePair.latency)
+        control, add, update = self._controls(m, issue, side, values)
         tokens = self._config.tokens
         for pair in range(self._config.lanes // 2):
             channel, index = divmod(pair, self._config.lanes_per_channel // 2)
@@ -291,15 +276,34 @@ class MatrixUnit(wiring.Component):
                     lane.scale.eq(step.scale[source]),
                     lane.minimum.eq(step.minimum[source]),
                     lane.dot.eq(dots.dots[row]),
-                    Value.cast(lane.control).eq(Value.cast(final)),
+                    Value.cast(lane.control).eq(Value.cast(control)),
+                    Value.cast(lane.add).eq(Value.cast(add)),
+                    Value.cast(lane.update).eq(Value.cast(update)),
                     lane.drain.eq(drain.slot),
                     drain.acc[2 * pair + row].eq(lane.drained),
                 ]
 
+    def _controls(self, m, issue, side, values):
+        """The lanes' controls: made when the activations arrive, delayed once for all lanes."""
+        now = Signal(UpdateControl)
+        m.d.sync += [now.valid.eq(issue.fire), now.first.eq(issue.first), now.slot.eq(issue.slot)]
+        control, add, update = Signal(ScaleControl), Signal(AddControl), Signal(UpdateControl)
+        m.d.comb += [
+            control.values.eq(values),
+            control.sum.eq(side.addend),
+            control.shift.eq(side.shift),
+            add.values.eq(values),
+            add.addend.eq(side.addend),
+            Value.cast(update).eq(Value.cast(now)),
+            update.decay.eq(Mux(values, side.decay, 0)),
+        ]
+        delays = (("control", control, 0), ("add", add, 1), ("update", update, 3))
+        return (self._delayed(m, name, Value.cast(x), LanePair.latency + d) for name, x, d in delays)
+
     @staticmethod
     def _delayed(m, name, value, cycles):
         for stage in range(cycles):
-            later = Signal(value.shape(), name=f"{name}_d{stage + 1}")
+            later = Signal(value.shape(), name=f"{name}_d{stage + 1}", reset_less=name != "update")
             m.d.sync += Value.cast(later).eq(Value.cast(value))
             value = later
         return value

@@ -117,12 +117,30 @@ class Fp16Rounder(wiring.Component):
         return m
 
 
-class ScalarUnit(wiring.Component):
-    """One request at a time, in order; `latency(kind)` cycles from the request's transfer to a valid result.
+class _Pending(data.Struct):
+    """What a request needs besides its reciprocal, while the divider works."""
 
-    The next request is taken in the cycle of the result's transfer at the earliest one cycle later: requests are
-    `latency(kind) + 1` cycles apart.
+    kind: ScalarKind
+    v: VECTOR_INDEX
+    n1: unsigned(6)
+    m0: signed(OFFSET_BITS)
+    scale: unsigned(16)
+    minimum: unsigned(16)
+    flat: unsigned(1)
+    live: unsigned(1)
+    mantissa: unsigned(16)
+    minus_exponent: signed(8)
+    factor: unsigned(16)
+
+
+class ScalarUnit(wiring.Component):
+    """Requests in, results out, in order: one request is prepared while another one is divided.
+
+    `latency(kind)` cycles from a request's transfer to its valid result when the unit is empty. Under load the results
+    of one kind are `period(kind)` cycles apart; a request of kind SQUARE_SHIFT waits until no division is left.
     """
+
+    DIVIDE = RECIP_BITS // 2 + 1
 
     def __init__(self):
         self._divider = arith.Divider(31, 17, RECIP_BITS)
@@ -131,37 +149,57 @@ class ScalarUnit(wiring.Component):
         super().__init__({"i": In(stream.Signature(ScalarRequest)), "o": Out(stream.Signature(ScalarResult))})
 
     @staticmethod
-    def latency(kind: ScalarKind) -> int:
-        """Cycles from the transfer of a request to the valid result."""
-        divide = RECIP_BITS // 2 + 1
+    def preparation(kind: ScalarKind) -> int:
+        """Cycles from the transfer of a request to its division (SQUARE_SHIFT: to its result)."""
         root = 32 // 2 // 2 + 1
         return {
             ScalarKind.SQUARE_SHIFT: 4,
-            ScalarKind.A8: 5 + divide,
-            ScalarKind.NORM: 6 + root + divide,
-            ScalarKind.KV: 3 + 2 * Fp16Rounder.latency + divide,
+            ScalarKind.A8: 4,
+            ScalarKind.NORM: 5 + root,
+            ScalarKind.KV: 2 + 2 * Fp16Rounder.latency,
         }[kind]
+
+    @staticmethod
+    def latency(kind: ScalarKind) -> int:
+        """Cycles from the transfer of a request to its valid result."""
+        divides = kind is not ScalarKind.SQUARE_SHIFT
+        return ScalarUnit.preparation(kind) + (ScalarUnit.DIVIDE + 1 if divides else 0)
+
+    @staticmethod
+    def period(kind: ScalarKind) -> int:
+        """Cycles between results when requests wait."""
+        if kind is ScalarKind.SQUARE_SHIFT:
+            return ScalarUnit.preparation(kind)
+        return max(ScalarUnit.preparation(kind) + 1, ScalarUnit.DIVIDE)
 
     def elaborate(self, platform):
         m = Module()
-        m.submodules.divider = self._divider
+        m.submodules.divider = divider = self._divider
         m.submodules.root = self._root
         m.submodules.rounder = self._rounder
-        request = Signal(ScalarRequest)
-        self._flat = Signal(name="flat")
+        request, pending = Signal(ScalarRequest), Signal(_Pending)
+        dividing = Signal()
+        self._free = ~dividing & (~self.o.valid | self.o.ready)
+        self._start = Signal()
         m.d.comb += [
-            self.o.p.kind.eq(request.kind),
-            self.o.p.v.eq(request.v),
-            self._divider.o.ready.eq(1),
             self._root.o.ready.eq(1),
+            divider.o.ready.eq(~self.o.valid | self.o.ready),
+            self._start.eq(divider.i.valid & divider.i.ready),
         ]
         with m.If(self.o.ready):
             m.d.sync += self.o.valid.eq(0)
-        # With one operand of each unit there are no hazards: a request runs alone from IDLE to IDLE.
-        with m.FSM(name="scalar"):
+        self._finish(m, pending, dividing)
+        with m.If(self._start):
+            m.d.sync += [
+                dividing.eq(1),
+                pending.kind.eq(request.kind),
+                pending.v.eq(request.v),
+                pending.factor.eq(request.factor),
+            ]
+        with m.FSM(name="prepare"):
             with m.State("IDLE"):
-                m.d.comb += self.i.ready.eq(~self.o.valid)
-                with m.If(self.i.valid & self.i.ready):
+                m.d.comb += self.i.ready.eq(1)
+                with m.If(self.i.valid):
                     m.d.sync += request.eq(self.i.payload)
                     with m.Switch(self.i.p.kind):
                         with m.Case(ScalarKind.NORM):
@@ -170,32 +208,51 @@ class ScalarUnit(wiring.Component):
                             m.next = "SPAN"
                         with m.Default():
                             m.next = "AMAX"
-            amax_parts = self._a8(m, request)
-            self._norm(m, request)
-            self._kv(m, request)
-            with m.State("DIVIDE"), m.If(self._divider.o.valid):
-                # A scale that rounds to zero has no reciprocal: its codes are zero.
-                flat = (request.kind == ScalarKind.KV) & self._flat
-                m.d.sync += [
-                    self.o.p.lanes.m1.eq(Mux(flat, 0, self._divider.o.payload)),
-                    self.o.valid.eq(1),
-                ]
-                m.next = "IDLE"
-        self._output_scale(m, request, *amax_parts)
+            self._a8(m, request, pending)
+            self._norm(m, request, pending)
+            self._kv(m, request, pending)
         return m
 
-    def _divide(self, m: Module, numerator: int, divisor) -> None:
+    def _finish(self, m: Module, pending, dividing) -> None:
+        """The quotient joins what was prepared; the output scale has settled by then."""
+        divider, lanes, output = self._divider, self.o.p.lanes, self.o.p.output
+        scaled = Signal(32)
+        m.d.sync += scaled.eq(pending.mantissa * pending.factor)
+        attention = pending.factor != 0
+        with m.If(divider.o.valid & divider.o.ready):
+            m.d.sync += [
+                dividing.eq(0),
+                self.o.valid.eq(1),
+                self.o.p.kind.eq(pending.kind),
+                self.o.p.v.eq(pending.v),
+                # A scale that rounds to zero has no reciprocal: its codes are zero.
+                lanes.m1.eq(Mux((pending.kind == ScalarKind.KV) & pending.flat, 0, divider.o.payload)),
+                lanes.n1.eq(pending.n1),
+                lanes.m0.eq(pending.m0),
+                lanes.scale.eq(pending.scale),
+                lanes.minimum.eq(pending.minimum),
+                output.pre.eq(formats.ACC_PRESHIFT),
+                output.mult.eq(
+                    Mux(pending.live, Mux(attention, arith.rnd_shift(scaled, 16), pending.mantissa), 0)
+                ),
+                output.post.eq(Mux(pending.live, pending.minus_exponent, 0)),
+            ]
+
+    def _divide(self, m: Module, numerator: int, divisor, *fields) -> None:
+        """Offer a division; the assignments `fields` to what is pending happen with its start."""
         m.d.comb += [
             self._divider.i.valid.eq(1),
             self._divider.i.p.n.eq(numerator),
             self._divider.i.p.d.eq(divisor),
         ]
-        m.next = "DIVIDE"
+        with m.If(self._start):
+            m.d.sync += fields
+            m.next = "IDLE"
 
-    def _a8(self, m: Module, request) -> tuple:
+    def _a8(self, m: Module, request, pending) -> None:
         bits = formats.VEC_BITS
         amax, normal, length = Signal(bits), Signal(bits), Signal(range(bits + 1))
-        divisor, mantissa, lanes = Signal(17), Signal(16), self.o.p.lanes
+        divisor, lanes = Signal(17), self.o.p.lanes
         with m.State("AMAX"):
             low, high = arith.absolute(request.least), arith.absolute(request.most)
             m.d.sync += amax.eq(Mux(low > high, low, high))
@@ -204,35 +261,33 @@ class ScalarUnit(wiring.Component):
             m.d.sync += [normal.eq(arith.normalise(amax)), length.eq(arith.bit_length(amax))]
             m.next = "SHIFT"
         with m.State("SHIFT"):
-            shift = Mux(length > 15, length - 15, 0)
             m.d.sync += divisor.eq(normal[16:] + normal[:16].any())
-            with m.If(request.kind == ScalarKind.SQUARE_SHIFT):
-                m.d.sync += [lanes.m1.eq(1), lanes.n1.eq(shift + N1_BIAS), self.o.valid.eq(1)]
-                m.next = "IDLE"
-            with m.Else():
+            with m.If(request.kind != ScalarKind.SQUARE_SHIFT):
                 m.next = "DIVISOR"
+            with m.Elif(self._free):
+                shift = Mux(length > 15, length - 15, 0)
+                m.d.sync += [
+                    self.o.valid.eq(1),
+                    self.o.p.kind.eq(request.kind),
+                    self.o.p.v.eq(request.v),
+                    lanes.m1.eq(1),
+                    lanes.n1.eq(shift + N1_BIAS),
+                ]
+                m.next = "IDLE"
+        # -se of the A8 scale, or of its product with the attention constant.
+        plain = formats.A8_SCALE_EXP_BIAS + 16 - length
         with m.State("DIVISOR"):
-            product = divisor * formats.A8_DIV127
-            m.d.sync += [
-                mantissa.eq(arith.rnd_shift(product, 16)),
-                lanes.n1.eq(length + (formats.A8_RECIP_SHIFT - 16 + N1_BIAS)),
-            ]
-            self._divide(m, formats.A8_MAX << formats.A8_RECIP_SHIFT, divisor)
-        return amax, length, mantissa
+            self._divide(
+                m,
+                formats.A8_MAX << formats.A8_RECIP_SHIFT,
+                divisor,
+                pending.mantissa.eq(arith.rnd_shift(divisor * formats.A8_DIV127, 16)),
+                pending.n1.eq(length + (formats.A8_RECIP_SHIFT - 16 + N1_BIAS)),
+                pending.live.eq(amax != 0),
+                pending.minus_exponent.eq(Mux(request.factor != 0, plain - 16 + request.exponent, plain)),
+            )
 
-    def _output_scale(self, m: Module, request, amax, length, mantissa) -> None:
-        """The table entry settles while the divider works: a product, then its rounding."""
-        output, scaled = self.o.p.output, Signal(32)
-        live, attention = amax != 0, request.factor != 0
-        minus_exponent = formats.A8_SCALE_EXP_BIAS + 16 - length
-        m.d.sync += scaled.eq(mantissa * request.factor)
-        with m.If((request.kind == ScalarKind.A8) & ~self.o.valid):
-            m.d.sync += output.pre.eq(formats.ACC_PRESHIFT)
-            m.d.sync += output.mult.eq(Mux(live, Mux(attention, arith.rnd_shift(scaled, 16), mantissa), 0))
-            shift = Mux(attention, minus_exponent - 16 + request.exponent, minus_exponent)
-            m.d.sync += output.post.eq(Mux(live, shift, 0))
-
-    def _norm(self, m: Module, request) -> None:
+    def _norm(self, m: Module, request, pending) -> None:
         epsilon, energy = Signal(EPSILON_BITS), Signal(ENERGY_BITS)
         normal, length = Signal(ENERGY_BITS), Signal(range(ENERGY_BITS + 1))
         with m.State("ENERGY"):
@@ -247,23 +302,24 @@ class ScalarUnit(wiring.Component):
             m.next = "ROOT"
         with m.State("ROOT"):
             top = normal[ENERGY_BITS - 32 :]
-            half = ((length + 1) >> 1) - 16
             m.d.comb += [self._root.i.valid.eq(1), self._root.i.payload.eq(Mux(length[0], top >> 1, top))]
-            m.d.sync += self.o.p.lanes.n1.eq(half + request.shift + (9 + N1_BIAS))
             m.next = "ROOT-WAIT"
         divisor = Signal(16)
         with m.State("ROOT-WAIT"):
             m.d.sync += divisor.eq(self._root.o.payload)
             with m.If(self._root.o.valid):
                 m.next = "RECIPROCAL"
+        half = ((length + 1) >> 1) - 16
         with m.State("RECIPROCAL"):
-            self._divide(m, RECIP_ONE, divisor)
+            self._divide(m, RECIP_ONE, divisor, pending.n1.eq(half + request.shift + (9 + N1_BIAS)))
 
-    def _kv(self, m: Module, request) -> None:
-        clip, rounder, lanes = formats.KV_CLIP_BITS, self._rounder, self.o.p.lanes
+    def _kv(self, m: Module, request, pending) -> None:
+        clip, rounder = formats.KV_CLIP_BITS, self._rounder
         least, most = Signal(signed(clip)), Signal(signed(clip))
-        span_product = Signal(Fp16Rounder.BITS)
+        span, product = Signal(unsigned(clip + 1)), Signal(Fp16Rounder.BITS)
         cycle = Signal(range(2 * Fp16Rounder.latency))
+        offset, minimum = Signal(signed(OFFSET_BITS)), Signal(16)
+        (narrow_c, narrow_f), (wide_c, wide_f) = formats.KV_RANGE_DIV[4], formats.KV_RANGE_DIV[8]
         m.d.comb += [rounder.x.eq(arith.absolute(least)), rounder.floor_shift.eq(formats.VEC_FRAC - 24)]
         with m.State("SPAN"):
             m.d.sync += [
@@ -272,40 +328,45 @@ class ScalarUnit(wiring.Component):
                 cycle.eq(0),
             ]
             m.next = "ROUND"
-        (narrow_c, narrow_f), (wide_c, wide_f) = formats.KV_RANGE_DIV[4], formats.KV_RANGE_DIV[8]
-        span = Signal(unsigned(clip + 1))
         with m.State("ROUND"):
-            # The minimum enters in cycle 0; the range needs two more cycles for its product.
+            # The minimum enters the rounder in cycle 0; the range needs two cycles for its product.
             m.d.sync += [
                 cycle.eq(cycle + 1),
                 span.eq(most - least),
-                span_product.eq(span * Mux(request.wide, wide_c, narrow_c)),
+                product.eq(span * Mux(request.wide, wide_c, narrow_c)),
             ]
             with m.If(cycle == Fp16Rounder.latency):
                 value = (rounder.m << rounder.q)[Fp16Rounder.LIFT :][: OFFSET_BITS - 1]
                 m.d.sync += [
-                    lanes.m0.eq(Mux(least < 0, -value, value)),
-                    lanes.minimum.eq(Cat(rounder.half, least < 0)),
+                    offset.eq(Mux(least < 0, -value, value)),
+                    minimum.eq(Cat(rounder.half, least < 0)),
                 ]
             with m.If(cycle >= Fp16Rounder.latency - 1):
+                floor = [f + formats.VEC_FRAC - 24 for f in (narrow_f, wide_f)]
                 m.d.comb += [
-                    rounder.x.eq(span_product),
-                    rounder.floor_shift.eq(
-                        Mux(request.wide, wide_f + formats.VEC_FRAC - 24, narrow_f + formats.VEC_FRAC - 24)
-                    ),
+                    rounder.x.eq(product),
+                    rounder.floor_shift.eq(Mux(request.wide, floor[1], floor[0])),
                 ]
             with m.If(cycle == 2 * Fp16Rounder.latency - 2):
                 m.next = "RECORD"
-        mantissa, exponent = Signal(11), Signal(signed(8))
+        scale, mantissa, exponent = Signal(15), Signal(11), Signal(signed(8))
         with m.State("RECORD"):
             length = arith.bit_length(rounder.m)
             weight = Mux(request.wide, wide_f, narrow_f) + formats.VEC_FRAC + Fp16Rounder.LIFT
             m.d.sync += [
-                lanes.scale.eq(rounder.half),
+                scale.eq(rounder.half),
                 mantissa.eq(arith.normalise(rounder.m) >> 1),
                 exponent.eq(rounder.q + length - weight - 11),
             ]
             m.next = "MANTISSA"
         with m.State("MANTISSA"):
-            m.d.sync += [lanes.n1.eq(42 + N1_BIAS + exponent), self._flat.eq(mantissa == 0)]
-            self._divide(m, ((1 << 26) - 1) << 5, mantissa << 5)
+            self._divide(
+                m,
+                ((1 << 26) - 1) << 5,
+                mantissa << 5,
+                pending.n1.eq(42 + N1_BIAS + exponent),
+                pending.flat.eq(mantissa == 0),
+                pending.m0.eq(offset),
+                pending.minimum.eq(minimum),
+                pending.scale.eq(scale),
+            )

@@ -76,11 +76,10 @@ def _reduced(op: Op, lanes: int, words: int, vectors: int, entry: Times, fresh: 
     for index, one in enumerate(kinds):
         if index:
             requested, following = following.after(reduce), _next_pass(following, words, vectors)
-        latency = ScalarUnit.latency(one)
         # The unit is free for this pass once it has served the whole pass before.
-        request = requested.joined(Times(((free, 0),))).served(latency + 1)
-        free = request.of(vectors - 1) + latency + 1
-        following = following.joined(request.after(latency + 1)).served(words)
+        request = requested.joined(Times(((free, 0),))).served(ScalarUnit.period(one))
+        free = request.of(vectors - 1) + ScalarUnit.period(one)
+        following = following.joined(request.after(ScalarUnit.latency(one) + 1)).served(words)
     return following
 
 

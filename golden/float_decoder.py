@@ -2,32 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from golden.decoder import Decoder
+from golden.formats.kv import codec
 from golden.formats.weights import QuantisedWeight
 from golden.loaders.checkpoint import LINEARS, Checkpoint
 from golden.ops import rope_angles
+from golden.policies import Dense, Heads, KVPolicy
+from golden.spec import KVStrataError
 
 
 class FloatCache:
-    """K (rotated) and V of one sequence, [Hkv, length, dh] per layer."""
+    """K before and after RoPE, and V, of one sequence as stored: [Hkv, capacity, dh] per layer."""
 
     def __init__(self, layers: int) -> None:
         self.length = 0
-        self.k: list[Tensor | None] = [None] * layers
-        self.v: list[Tensor | None] = [None] * layers
+        self._stores: list[list[Tensor]] = [[] for _ in range(layers)]
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store tokens [Hkv, T, dh]; the whole layer's K and V."""
-        old_k, old_v = self.k[layer], self.v[layer]
-        new_k = k if old_k is None else torch.cat((old_k, k), 1)
-        new_v = v if old_v is None else torch.cat((old_v, v), 1)
-        self.k[layer], self.v[layer] = new_k, new_v
-        return new_k, new_v
+    def append(self, layer: int, *new: Tensor) -> list[Tensor]:
+        """Store tokens [Hkv, T, dh] of each kind; all stored tokens of each kind."""
+        end = self.length + new[0].shape[1]
+        stores = self._stores[layer]
+        if not stores or end > stores[0].shape[1]:
+            grown = [x.new_zeros(x.shape[0], max(end, 2 * self.length), x.shape[2]) for x in new]
+            for old, fresh in zip(stores, grown):
+                fresh[:, : self.length] = old[:, : self.length]
+            stores[:] = grown
+        for store, x in zip(stores, new):
+            store[:, self.length : end] = x
+        return [store[:, :end] for store in stores]
+
+
+def a8(x: Tensor) -> Tensor:
+    """Each row of [T, n] rounded to 127 steps of its greatest magnitude (docs/formats.md section 2, in float)."""
+    scale = x.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny) / 127
+    return torch.floor(x / scale + 0.5) * scale
 
 
 def rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:
@@ -39,22 +52,43 @@ def rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:
 
 
 class FloatDecoder(Decoder):
-    """Llama in float32 or float64. `weights` replaces matrices by name (dequantised codes, for example)."""
+    """Llama in float32 or float64.
+
+    Without options: the reference. With them, the algorithm level: `weights` replaces matrices by name (codes or
+    pruned floats), `activations="a8"` rounds every matrix product's input to int8 per token, `kv` names a
+    representation of golden.formats.kv, `policy` a KV policy (default: dense).
+    """
 
     def __init__(
         self,
         checkpoint: Checkpoint,
         dtype: torch.dtype = torch.float32,
-        weights: dict[str, QuantisedWeight] | None = None,
+        weights: Mapping[str, Tensor | QuantisedWeight] | None = None,
+        activations: str = "float",
+        kv: str = "float",
+        policy: KVPolicy | None = None,
     ) -> None:
         super().__init__(checkpoint.config)
+        if activations not in ("float", "a8"):
+            raise KVStrataError(f"activations must be float or a8, got {activations}.")
+        self.activations = activations
+        self.codec = codec(kv)
+        self.policy = policy or Dense(self.config.head_size, self.config.group)
         replaced = weights or {}
         names = [
             f"layers.{i}.{n}" for i in range(self.config.layers) for n in (*LINEARS, "attn_norm", "ffn_norm")
         ]
         names += [*{"embed", checkpoint.head_name}, "norm"]
+        chosen = {n: replaced.get(n, checkpoint.tensors.get(n)) for n in names}
         self.tensors = {
-            n: (replaced[n].dequantise() if n in replaced else checkpoint.float32(n)).to(dtype) for n in names
+            n: (
+                w.dequantise()
+                if isinstance(w, QuantisedWeight)
+                else checkpoint.float32(n)
+                if w is None
+                else w
+            ).to(dtype)
+            for n, w in chosen.items()
         }
         self._head_name = checkpoint.head_name
 
@@ -74,6 +108,7 @@ class FloatDecoder(Decoder):
     def linear(self, layer: int, names: Sequence[str], x: Tensor) -> list[Tensor]:
         """x @ W.T."""
         found = []
+        x = a8(x) if self.activations == "a8" else x
         for name in names:
             y = x @ self.tensors[self._head_name if name == "head" else f"layers.{layer}.{name}"].T
             self._observe(layer, f"linear.{name}", x=x, y=y)
@@ -81,18 +116,26 @@ class FloatDecoder(Decoder):
         return found
 
     def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, cache: FloatCache) -> Tensor:
-        """Causal softmax attention with grouped query heads."""
-        c, steps = self.config, q.shape[0]
-        positions = torch.arange(cache.length, cache.length + steps)
-        q, k, v = (x.view(steps, -1, c.head_size).transpose(0, 1) for x in (q, k, v))
-        q, k = (rotate(x, positions, c.rope_base) for x in (q, k))
-        all_k, all_v = cache.append(layer, k, v)
-        live = torch.arange(all_k.shape[1])[None, :] <= positions[:, None]
-        grouped = q.unflatten(0, (c.kv_heads, c.group))
-        z = (grouped @ all_k.transpose(-1, -2)[:, None]) / c.head_size**0.5
-        y = (z.masked_fill(~live, -torch.inf).softmax(-1) @ all_v[:, None]).flatten(0, 1)
-        self._observe(layer, "attention", q=q, k=all_k, v=all_v, y=y)
-        return y.transpose(0, 1).reshape(steps, -1)
+        """The policy's attention over the stored representation, causal, with grouped query heads."""
+        c, start, steps = self.config, cache.length, q.shape[0]
+        positions = torch.arange(start, start + steps)
+        q_raw, k_raw, v = (x.view(steps, -1, c.head_size).transpose(0, 1) for x in (q, k, v))
+        q_raw = q_raw.unflatten(0, (c.kv_heads, c.group))
+        q, k = (self._rotate(x, positions) for x in (q_raw, k_raw))
+        stored = cache.append(layer, *(self.codec.new(x) for x in (k, k_raw, v)))
+        parts = []
+        for first, end in self.codec.blocks(start, start + steps):
+            block = slice(first - start, end - start)
+            view_k, view_v = self.codec.view(stored[0], stored[2], end)
+            heads = Heads(q[:, :, block], q_raw[:, :, block], view_k, stored[1][:, :end], view_v,
+                          positions[block], self._rotate)  # fmt: skip
+            selected = self.policy.select(heads)
+            parts.append(self.policy.attend(heads, selected))
+            self._observe(layer, "attention", heads=heads, selected=selected, y=parts[-1])
+        return torch.cat(parts, 2).permute(2, 0, 1, 3).reshape(steps, -1)
+
+    def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        return rotate(x, positions, self.config.rope_base)
 
     def gate(self, layer: int, gate: Tensor, up: Tensor) -> Tensor:
         """silu(gate) * up."""

@@ -67,7 +67,8 @@ def write_vectors(
     temporary = path.with_name(f".{path.name}.tmp")
     text = np.frombuffer(json.dumps(asdict(header)).encode(), dtype=np.uint8)
     with temporary.open("wb") as file:
-        np.savez_compressed(file, header=text, **arrays)
+        members: dict[str, Any] = {"header": text, **arrays}
+        np.savez_compressed(file, **members)
     temporary.replace(path)
     return path
 

@@ -34,7 +34,8 @@ class EngineState:
     (addend, shift, decay), `table` output scales (pre, mult, post)."""
 
     config: EngineConfig
-    channels: list[np.ndarray]
+    channels: np.ndarray
+    """uint8 [channels, words, 64]."""
     aux: np.ndarray
     constant_words: int
     """Channel words below this never change: what is decoded from them is kept."""
@@ -59,7 +60,7 @@ class EngineState:
     def from_image(cls, image: Image) -> EngineState:
         """State after loading an image directory; channels are private copies on write."""
         config = image.map.engine
-        channels = [image.channel(c) for c in range(config.channels)]
+        channels = np.stack([image.channel(c) for c in range(config.channels)])
         return cls(config, channels, image.aux(), image.map.weight_words)
 
     def start_run(self) -> None:
@@ -67,7 +68,3 @@ class EngineState:
         self.loaded.clear()
         self.records.clear()
         self.fresh = None
-
-    def words(self, start: int, count: int) -> np.ndarray:
-        """uint8 [channels, count, 64]."""
-        return np.stack([c[start : start + count] for c in self.channels])

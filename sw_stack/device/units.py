@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from golden import ops
-from golden.spec.engine import STEP, WORD_BYTES, Codes, Error, KVLayout, Op, StreamFormat
+from golden.spec.engine import STEP, WORD_BITS, WORD_BYTES, Codes, Error, KVLayout, Op, StreamFormat
 from golden.spec.formats import (
     ACC_PRESHIFT,
     ATTN_TILE,
@@ -97,8 +97,10 @@ def _check_fresh(state: EngineState, fields: Fields) -> None:
 # --- memory units -------------------------------------------------------------------------------------
 def _load(state: EngineState, f: Fields) -> None:
     last = f["addr"] + (f["runs"] - 1) * f["stride"] + f["count"]
-    if last > len(state.channels[0]) or f["count"] < 1 or f["runs"] < 1:
-        raise UnitError(Error.ADDRESS, f"channels have {len(state.channels[0])} words; a load ends at {last}")
+    if last > state.channels.shape[1] or f["count"] < 1 or f["runs"] < 1:
+        raise UnitError(
+            Error.ADDRESS, f"channels have {state.channels.shape[1]} words; a load ends at {last}"
+        )
     for run in range(f["runs"]):
         state.loaded.append(Loaded(f["addr"] + run * f["stride"], f["count"]))
 
@@ -124,26 +126,28 @@ def _append_k(state: EngineState, f: Fields) -> None:
         for step in range(f["head_size"] // STEP):
             for plane in range(f["bits"] // 2):
                 channel, word, bit = layout.key_code_position(slot, step * STEP, plane)
-                at = state.channels[channel][f["base"] + word]
+                at = state.channels[channel, f["base"] + word]
                 at[bit // 8 : bit // 8 + STEP // 4] = planes[plane, step * STEP // 4 :][: STEP // 4]
         channel, word, bit = layout.key_scale_position(slot)
         pair = np.array([record.scale, record.minimum], "<u2").view(np.uint8)
-        state.channels[channel][f["base"] + word, bit // 8 : bit // 8 + 4] = pair
+        state.channels[channel, f["base"] + word, bit // 8 : bit // 8 + 4] = pair
 
 
 def _append_v(state: EngineState, f: Fields) -> None:
-    layout = _layout(state, f)
+    layout, per_channel = _layout(state, f), state.config.lanes_per_channel
     # Words between row blocks come with the instruction; the layout's own positions are inside a block.
-    per_channel = state.config.lanes_per_channel
+    block, lane = np.divmod(f["row"] + np.arange(f["head_size"]), state.config.lanes)
+    channel, place = np.divmod(lane, per_channel)
     for slot, record in _taken(state, f):
-        for element in range(f["head_size"]):
-            row = f["row"] + element
-            block, lane = divmod(row, state.config.lanes)
-            for plane in range(f["bits"] // 2):
-                _, word, bit = layout.value_code_position(slot, lane, plane)
-                at = state.channels[lane // per_channel][f["base"] + block * f["block_words"] + word]
-                two = int(record.codes[element]) >> (2 * plane) & 3
-                at[bit // 8] = int(at[bit // 8]) & ~(3 << bit % 8) | two << bit % 8
+        for plane in range(f["bits"] // 2):
+            _, word, bit = layout.value_code_position(slot, 0, plane)
+            _, next_word, next_bit = layout.value_code_position(slot, 1, plane)
+            lane_bits = (next_word - word) * WORD_BITS + next_bit - bit
+            bits = word * WORD_BITS + bit + place * lane_bits
+            at = (channel, f["base"] + block * f["block_words"] + bits // WORD_BITS, bits % WORD_BITS // 8)
+            shift = (bits % 8).astype(np.uint8)
+            two = (record.codes >> (2 * plane) & 3).astype(np.uint8) << shift
+            state.channels[at] = state.channels[at] & ~(np.uint8(3) << shift) | two
         pair = np.array([record.scale, record.minimum], "<u2").view(np.uint8)
         state.aux[f["scale_base"] + 4 * slot :][:4] = pair
 
@@ -222,7 +226,7 @@ def _weights(state: EngineState, f: Fields, blocks: int, steps: int) -> torch.Te
     constant = len(parts) == 1 and parts[0].start + parts[0].words <= state.constant_words
     if constant and key in state.decoded:
         return state.decoded[key]
-    words = np.concatenate([state.words(*p) for p in parts], 1)
+    words = np.concatenate([state.channels[:, p.start : p.start + p.words] for p in parts], 1)
     integers = _integers(state, f, words, steps)
     if constant:
         state.decoded[key] = integers

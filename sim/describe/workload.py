@@ -33,9 +33,10 @@ class Tuning(Described):
 
     kind: ClassVar[str] = "framework"
     name: str = "default"
-    layer_overhead_us: Positive = assumed(500.0, "SIM-FRAMEWORK")
+    layer_overhead_us: Positive = assumed(630.0, "SIM-FRAMEWORK")
     recompute_quantum_tokens: Count = assumed(1024, "SIM-RECOMPUTE")
     host_weight_copies: Positive = assumed(2.0, "SIM-HOST-COPIES")
     weights_gpu_percent: float | None = assumed(None, "as much as fits", ge=0, le=100)
     kv_gpu_percent: float | None = assumed(None, "as much as fits", ge=0, le=100)
+    cufile_us_per_io: Positive = assumed(45.0, "SIM-GDS")
     page_cache_us_per_io: Positive = assumed(25.0, "SIM-PAGE-CACHE")

@@ -158,9 +158,12 @@ class CsdDense(GpuScheme):
         reads, unit = self.reads(context), self.unit
         ramp = first_page_us(self.csd) * 1e-6
         read = graph.move("read kv", "kv access", ("csd flash",), reads.size_bytes, [sent], latency_s=ramp)
-        busy = unit.seconds(reads, self.machine.csd_count)
-        after = [sent] if unit.streams else [read]
-        return [read, graph.work("attend", "csd compute", "csd unit", busy, after)]
+        count = self.machine.csd_count
+        done = [read]
+        if beside := unit.overlapped_seconds(reads, count):
+            done.append(graph.work("softmax", "csd compute", "csd softmax", beside, [sent]))
+        after = [sent] if unit.streams else done
+        return [*done, graph.work("attend", "csd compute", "csd unit", unit.seconds(reads, count), after)]
 
     def flash_written_per_token(self) -> float:
         w = self.workload

@@ -168,8 +168,8 @@ class FlexgenDram(FlexgenSsd):
 
 
 class FlexgenGds(FlexgenSsd):
-    """GPUDirect Storage: drives write GPU memory peer to peer. Reads stay synchronous, one window outstanding; what
-    is saved is the page cache's work."""
+    """GPUDirect Storage: drives write GPU memory peer to peer. Reads stay synchronous, one window outstanding; the
+    library's work takes the place of the page cache's."""
 
     name: ClassVar[str] = "flexgen-gds"
     kv_path: ClassVar[tuple[str, ...]] = ("ssd read", "pcie to gpu")
@@ -185,7 +185,7 @@ class FlexgenGds(FlexgenSsd):
 
     @property
     def page_cache_us(self) -> float:
-        return 0.0
+        return self.tuning.cufile_us_per_io
 
 
 class FlexgenSparq(FlexgenSsd):

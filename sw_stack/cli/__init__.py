@@ -12,9 +12,11 @@ from golden.spec import KVStrataError
 
 VERBS = (
     "bench",
+    "calibrate",
     "docs",
     "generate",
     "notebooks",
+    "reproduce",
     "simulate",
     "synth",
     "verilog",

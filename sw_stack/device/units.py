@@ -347,7 +347,8 @@ def _softmax(state: EngineState, f: Fields) -> None:
     state.fresh = None
     slots, tiles = f["count"], -(-f["count"] // ATTN_TILE)
     s, token = torch.arange(slots), torch.arange(len(z))[:, None] // max(1, f["vec_group"])
-    live = (s < f["sinks"]) | ((s >= f["low"] + token) & (s < f["high"] + token))
+    low = f["low"] - (f["low"] >> 15 << 16)  # signed: a window may reach back before slot 0
+    live = (s < f["sinks"]) | ((s >= low + token) & (s < f["high"] + token))
     pad = tiles * ATTN_TILE - slots
     z, live, records = (torch.nn.functional.pad(x, (0, pad)) for x in (z, live, records))
     scale, minimum = (

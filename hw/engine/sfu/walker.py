@@ -166,7 +166,8 @@ class Walker(wiring.Component):
         ]
         start = word << lane_bits
         inside = _below(op.count, start, lanes)
-        window = _below(op.high + self._token, start, lanes) & ~_below(op.low + self._token, start, lanes)
+        low = op.low.as_signed() + self._token
+        window = _below(op.high + self._token, start, lanes) & ~_below(low, start, lanes)
         live = window | _below(op.sinks, start, lanes)
         m.d.comb += out.tag.mask.eq(Mux(softmax, inside & live, inside))
         return last_word, last_vector

@@ -22,6 +22,7 @@ def instruction(op: Op | int, **fields: int) -> dict:
     """A `VectorOp` payload; fields not named are zero, `vectors` is one."""
     values = dict.fromkeys(FIELDS, 0) | {"vectors": 1} | fields
     values["exponent"] &= 63
+    values["low"] &= 0xFFFF
     return values | {"op": int(op)}
 
 

@@ -104,12 +104,12 @@ class Case:
     def _prepare_softmax(self):
         packed, self.scales, self.minima = half_words(self.rng, self.count)
         self.y = [packed]
-        low = self.rng.randint(0, self.count)
+        low = self.rng.randint(-40, self.count)
         self.fields = {
             "vec_group": self.rng.randint(1, 3),
             "sinks": self.rng.choice([0, 0, 4, 33]),
             "low": low,
-            "high": self.rng.choice([low, low + 40, self.count, 65535 - 300]),
+            "high": self.rng.choice([max(0, low), low + 40, self.count, 65535 - 300]),
         }
 
     # --- expectations ---------------------------------------------------------------------------------

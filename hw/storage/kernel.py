@@ -47,7 +47,7 @@ class Op(enum.Enum, shape=3):
 
 
 HEAD = data.StructLayout({"wide": 1, "queries": 3, "approximate": 1, "sparse": 1})
-"""`queries` is their number - 1; `sparse`: alpha and v-bar count, and poison of the approximate pass stays."""
+"""`queries` is their number - 1; `sparse`: alpha, v-bar and the poison of the approximate pass count."""
 
 BEAT = data.StructLayout(
     {
@@ -71,8 +71,8 @@ QUIET = 200
 class AttentionKernel(wiring.Component):
     """Ports:
 
-    - `i`: beats. `o`: output elements. `scale`, `alpha`: of the approximate pass and of the mix, per lane, held by the
-      sequencer from the START beat on.
+    - `i`: beats. `o`: output elements. `scale`, `alpha`, `poison`: of the approximate pass and of the mix, per lane, held
+      by the sequencer from the START beat on.
     - `key`: pooled scores of the approximate pass in token order. `probability`: what the softmax of each lane gives.
     - `idle`: nothing is in flight but output elements; `sum` and `poisoned` are those of the pass that has ended.
 
@@ -90,6 +90,7 @@ class AttentionKernel(wiring.Component):
                 "o": Out(stream.Signature(OUTPUT)),
                 "scale": In(SCALE).array(lanes),
                 "alpha": In(ALPHA_FRAC + 1).array(lanes),
+                "poison": In(1).array(lanes),
                 "key": Out(stream.Signature(32)),
                 "probability": Out(at.PROBABILITY).array(lanes),
                 "sum": Out(unsigned(L_BITS)).array(lanes),
@@ -152,7 +153,6 @@ class AttentionKernel(wiring.Component):
                 lane.frac.eq(Mux(head.approximate, self.scale[index].frac, SCALE_FRAC)),
             ]
         m.d.comb += control.start.eq(is_op[Op.START])
-        m.d.comb += control.keep.eq(head.sparse & ~head.approximate)
         return m
 
     def _admit(self, m, lane, normaliser, head, beat, valid):
@@ -369,6 +369,6 @@ class AttentionKernel(wiring.Component):
         for index, lane in enumerate(lanes):
             m.d.comb += [
                 normaliser.sums[index].eq(lane.sum),
-                normaliser.poisoned[index].eq(lane.poisoned),
+                normaliser.poisoned[index].eq(lane.poisoned | (head.sparse & self.poison[index])),
                 normaliser.alpha[index].eq(Mux(head.sparse, self.alpha[index], 1 << ALPHA_FRAC)),
             ]

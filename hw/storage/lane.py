@@ -52,7 +52,6 @@ CONTROL = data.StructLayout(
         "wide": 1,  # head size 128; constant in a head
         "approximate": 1,  # scores come from the accumulators; constant in a head
         "start": 1,
-        "keep": 1,
         "slice_0": 3,  # operand slice of q
         "element_1": 4,  # element of the slice that is broadcast
         "bank_0": range(RING),  # group of probabilities
@@ -120,7 +119,6 @@ class QueryLane(wiring.Component):
             scorer.c.eq(self.c),
             scorer.frac.eq(self.frac),
             softmax.start.eq(control.start),
-            softmax.keep.eq(control.keep),
             softmax.score.eq(scorer.o),
             softmax.valid.eq(control.score_valid),
             softmax.slot.eq(control.score_slot),

@@ -65,8 +65,7 @@ class Exp2(wiring.Component):
 class SoftmaxLane(wiring.Component):
     """Ports:
 
-    - `start`: forget everything (a new head); nothing may be in flight. With `keep`, a head that was poisoned or had no
-      live token stays poisoned.
+    - `start`: forget everything (a new head); nothing may be in flight.
     - `valid`, `score`, `slot`, `last`: a present token's score and its place in the group; `last` with the group's last.
       At most `RING` groups may be between here and `release`.
     - `p_valid`, `p`, `p_integer`, `p_slot`, `p_bank`, `p_last`: all 16 probabilities of a group, in slot order.
@@ -80,7 +79,6 @@ class SoftmaxLane(wiring.Component):
     settle = 5
 
     start: In(1)
-    keep: In(1)
     valid: In(1)
     score: In(SCORE_FLAGS)
     slot: In(4)
@@ -215,5 +213,5 @@ class SoftmaxLane(wiring.Component):
 
         with m.If(self.start):
             m.d.sync += [self.sum.eq(0), maximum.eq(0), seen.eq(0), fresh.eq(1), bank.eq(0), ahead.eq(0)]
-            m.d.sync += self.poisoned.eq(self.keep & (self.poisoned | (self.sum == 0)))
+            m.d.sync += self.poisoned.eq(0)
         return m

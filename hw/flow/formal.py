@@ -31,7 +31,7 @@ def prove(
     def build(work: Path) -> None:
         (work / f"{top}.il").write_text(text)
         run_script(
-            f"read_rtlil {top}.il\nprep -top {top} -flatten\nasync2sync\nchformal -lower\n"
+            f"read_rtlil {top}.il\nprep -top {top} -flatten\nmemory_map\nasync2sync\nchformal -lower\n"
             f"dffunmap\nsetundef -undriven -anyseq\nwrite_smt2 -wires {top}.smt2\n",
             work,
         )

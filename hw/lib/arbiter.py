@@ -30,14 +30,14 @@ class RoundRobin(wiring.Component):
     def __init__(self, count: int):
         check_count("Number of requesters", count, 1)
         self._count = count
+        self._last = Signal(count, init=1 << (count - 1))
         super().__init__({"requests": In(count), "advance": In(1), "grant": Out(count)})
 
     def elaborate(self, platform):
         m = Module()
-        last = Signal(self._count, init=1 << (self._count - 1))
-        m.d.comb += self.grant.eq(rotate_grant(self.requests, last))
+        m.d.comb += self.grant.eq(rotate_grant(self.requests, self._last))
         with m.If(self.advance & self.requests.any()):
-            m.d.sync += last.eq(self.grant)
+            m.d.sync += self._last.eq(self.grant)
         return m
 
 
@@ -53,13 +53,15 @@ class StreamArbiter(wiring.Component):
     def __init__(self, shape: ShapeLike, count: int):
         check_count("Number of inputs of an arbiter", count, 2)
         self._count = count
+        self._turn = RoundRobin(count)
+        self._locked = Signal(count)
         merged = data.StructLayout({"data": shape, "source": range(count)})
         super().__init__({"i": In(stream.Signature(shape)).array(count), "o": Out(stream.Signature(merged))})
 
     def elaborate(self, platform):
         m = Module()
-        m.submodules.turn = turn = RoundRobin(self._count)
-        locked = Signal(self._count)
+        m.submodules.turn = turn = self._turn
+        locked = self._locked
         grant = Signal(self._count)
         transfer = self.o.valid & self.o.ready
         for index, lane in enumerate(self.i):

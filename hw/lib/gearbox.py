@@ -19,8 +19,9 @@ class GearUp(wiring.Component):
 
     def __init__(self, shape: ShapeLike, ratio: int):
         check_count("Gearbox ratio", ratio, 2)
-        self._shape = shape
         self._ratio = ratio
+        self._index = Signal(range(ratio))
+        self._shadow = Signal(data.ArrayLayout(shape, ratio - 1))
         wide = data.ArrayLayout(shape, ratio)
         super().__init__({"i": In(stream.Signature(shape)), "o": Out(stream.Signature(wide))})
 
@@ -30,10 +31,10 @@ class GearUp(wiring.Component):
 
     def elaborate(self, platform):
         m = Module()
-        index = Signal(range(self._ratio))
+        index = self._index
         free = ~self.o.valid | self.o.ready
         # Only the last part may meet a waiting wide payload: earlier parts go to the shadow.
-        shadow = Signal(data.ArrayLayout(self._shape, self._ratio - 1))
+        shadow = self._shadow
         last = index == self._ratio - 1
         m.d.comb += self.i.ready.eq(~last | free)
         with m.If(self.o.ready):
@@ -57,12 +58,13 @@ class GearDown(wiring.Component):
     def __init__(self, shape: ShapeLike, ratio: int):
         check_count("Gearbox ratio", ratio, 2)
         self._ratio = ratio
+        self._index = Signal(range(ratio))
         wide = data.ArrayLayout(shape, ratio)
         super().__init__({"i": In(stream.Signature(wide)), "o": Out(stream.Signature(shape))})
 
     def elaborate(self, platform):
         m = Module()
-        index = Signal(range(self._ratio))
+        index = self._index
         last = index == self._ratio - 1
         m.d.comb += [
             self.o.valid.eq(self.i.valid),

@@ -142,13 +142,13 @@ class SkidBuffer(wiring.Component):
     depth = 2
 
     def __init__(self, shape: ShapeLike):
-        self._shape = shape
+        self._held = Signal(shape)
+        self._full = Signal()
         super().__init__({"i": In(stream.Signature(shape)), "o": Out(stream.Signature(shape))})
 
     def elaborate(self, platform):
         m = Module()
-        held = Signal(self._shape)
-        full = Signal()
+        held, full = self._held, self._full
         m.d.comb += self.i.ready.eq(~full)
         with m.If(~self.o.valid | self.o.ready):
             m.d.sync += [
@@ -192,11 +192,12 @@ class Fork(wiring.Component):
     def __init__(self, shape: ShapeLike, count: int):
         check_count("Number of consumers of a fork", count, 2)
         self._count = count
+        self._taken = Signal(count)
         super().__init__({"i": In(stream.Signature(shape)), "o": Out(stream.Signature(shape)).array(count)})
 
     def elaborate(self, platform):
         m = Module()
-        taken = Signal(self._count)
+        taken = self._taken
         done = Signal(self._count)
         for index, out in enumerate(self.o):
             m.d.comb += [

@@ -7,7 +7,7 @@ from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from golden.spec.memory import MAX_BURST_BEATS, MemoryFault
-from hw.engine.mem.axi import Fault, burst_stream, check_burst
+from hw.engine.mem.axi import Fault, burst_layout, burst_stream, check_burst
 from hw.lib.streams import check_count
 
 BEATS_BITS = 24
@@ -75,6 +75,11 @@ class AddressGenerator(wiring.Component):
         self._addr_bits = addr_bits
         self._levels = levels
         self._offset_bits = (data_bits // 8).bit_length() - 1
+        self._job = Signal(descriptor_layout(addr_bits, levels))
+        self._active = Signal()
+        self._left = Signal(BEATS_BITS)
+        self._stage = Signal(burst_layout(addr_bits, max_burst))
+        self._staged = Signal()
         super().__init__(
             {
                 "i": In(stream.Signature(descriptor_layout(addr_bits, levels))),
@@ -99,14 +104,10 @@ class AddressGenerator(wiring.Component):
         word_bits = self._addr_bits - low + 1
         halted = self.fault.code != MemoryFault.NONE
 
-        job = Signal(self.i.payload.shape())
-        active = Signal()
+        job, active, left, stage, staged = self._job, self._active, self._left, self._stage, self._staged
         cursor = Signal(word_bits)
-        left = Signal(BEATS_BITS)
         starts = Signal(data.ArrayLayout(word_bits, self._levels))
         turns = Signal(data.ArrayLayout(COUNT_BITS, self._levels))
-        stage = Signal(self.o.payload.shape())
-        staged = Signal()
         wrapped = Signal()
 
         # Stage 1: cut the current row into bursts, and step the loops at its end.

@@ -52,6 +52,10 @@ class ReadChannel(wiring.Component):
         self._fifo_beats = fifo_beats
         self._max_burst = max_burst
         self._max_bursts = max_bursts
+        # One word beyond the credit: a full-depth block FIFO still accepts while its output register fills.
+        self._fifo = StreamFIFO(data_bits, fifo_beats + 1, kind="block")
+        self._latch = FaultLatch()
+        self._space = Signal(range(fifo_beats + 1), init=fifo_beats)
         super().__init__(
             {
                 "i": In(burst_stream(addr_bits, max_burst)),
@@ -67,15 +71,14 @@ class ReadChannel(wiring.Component):
 
     def elaborate(self, platform):
         m = Module()
-        # One word beyond the credit: a full-depth block FIFO still accepts while its output register fills.
-        m.submodules.fifo = fifo = StreamFIFO(self._data_bits, self._fifo_beats + 1, kind="block")
+        m.submodules.fifo = fifo = self._fifo
         flight = data.StructLayout({"addr": self._addr_bits, "len": range(self._max_burst)})
         m.submodules.flights = flights = StreamFIFO(flight, self._max_bursts)
-        m.submodules.latch = latch = FaultLatch()
+        m.submodules.latch = latch = self._latch
         faulted = latch.o.code != MemoryFault.NONE
 
         # Addresses: a burst leaves when its beats have room, and its beats are reserved at once.
-        space = Signal(range(self._fifo_beats + 1), init=self._fifo_beats)
+        space = self._space
         has_space = space > self.i.payload.len
         free = ~self.axi.arvalid | self.axi.arready
         request = Signal()

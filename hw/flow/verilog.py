@@ -1,5 +1,6 @@
 """Amaranth components to Verilog text and a port list."""
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,8 @@ from amaranth.lib import wiring
 
 from hw.flow.cache import cached_directory, content_key
 from hw.lib.shared import SharedModules
+
+TEXT_VERSION = "2"  # part of the cache key: raise it when the text made of the same RTLIL changes
 
 
 @dataclass(frozen=True)
@@ -45,11 +48,28 @@ def emit(component: wiring.Component, top: str) -> Design:
     intermediate = "\n".join(texts)
 
     def build(work: Any) -> None:
-        parts = [verilog._convert_rtlil_text(text, strip_internal_attrs=True) for text in texts]
+        parts = [
+            _compact_zeros(verilog._convert_rtlil_text(text, strip_internal_attrs=True)) for text in texts
+        ]
         (work / f"{top}.v").write_text("\n".join(parts))
 
-    directory = cached_directory("verilog", content_key(top, intermediate), build)
+    directory = cached_directory("verilog", content_key(top, intermediate, TEXT_VERSION), build)
     return Design(top, (directory / f"{top}.v").read_text(), ports)
+
+
+_ZERO_ROWS = re.compile(r"  initial begin\n((?: +(\S+)\[\d+\] = \d+'h0+;\n){64,})  end\n")
+
+
+def _compact_zeros(text: str) -> str:
+    """The same text with a loop where a large memory is cleared row by row, which tools read far faster."""
+
+    def loop(match: re.Match[str]) -> str:
+        memory, rows = match[2], match[1].count("\n")
+        index = f"{memory.strip(chr(92))}_row".replace(".", "_")
+        header = f"initial for ({index} = 0; {index} < {rows}; {index} = {index} + 1)"
+        return f"  integer {index};\n  {header} {memory} [{index}] = 0;\n"
+
+    return _ZERO_ROWS.sub(loop, text)
 
 
 def _ports(component: wiring.Component) -> dict[str, tuple[str, int, bool]]:

@@ -1,0 +1,160 @@
+"""Instruction words to operations: opcode checks, register addition, shape checks, one queue per unit."""
+
+from amaranth import Cat, Module, Mux, Signal, Value
+from amaranth.lib import data, stream, wiring
+from amaranth.lib.wiring import In, Out
+
+from golden.spec.engine import (
+    COMMON_FIELDS,
+    FIELDS,
+    INSTRUCTION_BITS,
+    REGISTERS,
+    Codes,
+    EngineConfig,
+    Error,
+    Op,
+    Unit,
+)
+from hw.engine.interfaces import AppendOp, DmaOp, LoadOp, MatrixOp, VectorOp
+from hw.engine.queue import PC_BITS, queued
+
+UNIT_OPS = {
+    Unit.LOAD: LoadOp,
+    Unit.MATRIX: MatrixOp,
+    Unit.VECTOR: VectorOp,
+    Unit.DMA: DmaOp,
+    Unit.APPEND: AppendOp,
+}
+COMMON_BITS = sum(width for _, width in COMMON_FIELDS)
+
+
+def field_slices(op: Op, word) -> dict:
+    """Slices of a 256-bit instruction word by field name, the common fields included."""
+    slices, position = {}, 0
+    for name, width in (*COMMON_FIELDS, *FIELDS[op]):
+        slices[name] = word[position : position + width]
+        position += width
+    slices["rest"] = word[position:]
+    return slices
+
+
+class Instruction(data.Struct):
+    """An instruction word and its index in the program."""
+
+    word: INSTRUCTION_BITS
+    pc: PC_BITS
+
+
+class Dispatch(wiring.Component):
+    """Decodes one instruction per cycle into its unit's queue; two cycles from `i` to the queue.
+
+    `registers`: the scalar registers. `halt` is high while a HALT is at the head (`interrupt` is its bit), until `i` is
+    transferred by `take_halt`. `error` is a one-cycle code with `error_pc`: an unknown opcode or a reserved bit
+    (ILLEGAL_INSTRUCTION), an empty product or more vectors than the array holds (SHAPE), a product outside the activation
+    buffer, the scale table or the vector buffer (ADDRESS). The faulty instruction does not reach its queue.
+    """
+
+    latency = 2
+
+    def __init__(self, config: EngineConfig):
+        self._config = config
+        super().__init__(
+            {
+                "i": In(stream.Signature(Instruction)),
+                "registers": In(data.ArrayLayout(32, REGISTERS)),
+                **{u.name.lower(): Out(stream.Signature(queued(op))) for u, op in UNIT_OPS.items()},
+                "halt": Out(1),
+                "interrupt": Out(1),
+                "empty": Out(1),
+                "error": Out(4),
+                "error_pc": Out(PC_BITS),
+            }
+        )
+
+    def elaborate(self, platform):
+        m = Module()
+        decoded = {u: Signal(queued(op), name=f"decoded_{u.name.lower()}") for u, op in UNIT_OPS.items()}
+        unit, code, full, pc = Signal(3), Signal(4), Signal(), Signal(PC_BITS)
+        moves = Signal()
+        m.d.comb += [self.i.ready.eq((~full | moves) & ~self.halt), self.empty.eq(~full)]
+        self._halt(m)
+        with m.If(moves):
+            m.d.sync += full.eq(0)
+        with m.If(self.i.valid & self.i.ready):
+            m.d.sync += [full.eq(1), pc.eq(self.i.p.pc)]
+            self._decode(m, decoded, unit, code)
+        product = decoded[Unit.MATRIX].op
+        fault = Mux(code != 0, code, Mux(unit == Unit.MATRIX, self._product_fault(product), 0))
+        for u in UNIT_OPS:
+            port = getattr(self, u.name.lower())
+            m.d.comb += Value.cast(port.payload).eq(Value.cast(decoded[u]))
+            m.d.comb += port.valid.eq(full & (unit == u) & (fault == 0))
+            with m.If(port.valid & port.ready):
+                m.d.comb += moves.eq(1)
+        with m.If(full & (fault != 0)):
+            m.d.comb += [self.error.eq(fault), self.error_pc.eq(pc)]
+        return m
+
+    def _halt(self, m):
+        word = self.i.p.word
+        legal = ~field_slices(Op.HALT, word)["rest"].any()
+        m.d.comb += [
+            self.halt.eq(self.i.valid & (word[:8] == Op.HALT) & legal),
+            self.interrupt.eq(field_slices(Op.HALT, word)["interrupt"]),
+        ]
+
+    def _decode(self, m, decoded, unit, code):
+        word = self.i.p.word
+        common = field_slices(Op.HALT, word)
+        address, count = (self.registers[common[n]] for n in ("addr_reg", "count_reg"))
+        m.d.sync += code.eq(Error.ILLEGAL_INSTRUCTION)
+        with m.Switch(word[:8]):
+            for op in Op:
+                if op is Op.HALT:
+                    continue
+                with m.Case(op):
+                    f = field_slices(op, word)
+                    illegal = f["rest"].any() | f["reserved"].any()
+                    m.d.sync += [unit.eq(op >> 4), code.eq(Mux(illegal, Error.ILLEGAL_INSTRUCTION, 0))]
+                    target = decoded[Unit(op >> 4)]
+                    m.d.sync += [
+                        target.wait.eq(f["wait"]),
+                        target.signal.eq(f["signal"]),
+                        target.pc.eq(self.i.p.pc),
+                    ]
+                    values = {**f, "addr": (f["addr"] + address)[:32], "count": (f["count"] + count)[:24]}
+                    m.d.sync += self._assign(op, target.op, values)
+
+    @staticmethod
+    def _assign(op, target, f):
+        """Field assignments of an operation structure; fields that the instruction lacks are zero."""
+        extra = {}
+        if op is Op.MATRIX:
+            extra = {
+                "blocks": Mux(f["values"], f["steps"], f["count"]),
+                "steps": Mux(f["values"], f["count"], f["steps"]),
+            }
+        elif op in (Op.READ, Op.WRITE):
+            extra = {"write": int(op is Op.WRITE)}
+        elif op in (Op.APPEND_K, Op.APPEND_V):
+            extra = {"values": int(op is Op.APPEND_V)}
+        sources = {**f, **extra}
+        return [Value.cast(target[name]).eq(sources.get(name, 0)) for name, _ in data.Layout.cast(target.shape())]
+
+    def _product_fault(self, op):
+        """Error code of a product that the array or its buffers do not hold."""
+        config, groups = self._config, self._config.lanes // self._config.vector_lanes
+        step_words = Mux(op.codes == Codes.S24, op.steps, (op.steps + 1) >> 1)
+        last = op.vectors - 1
+        act_end = op.addr + last[:5] * op.stride + step_words
+        rows = Mux(
+            op.vec_group != 0, op.vec_rows >> (config.vector_lanes - 1).bit_length(), op.blocks * groups
+        )
+        vb_end = op.dst + last[:5] * op.dst_stride + rows
+        bad_shape = Cat(
+            op.vectors == 0, op.vectors > config.tokens, op.blocks == 0, op.steps == 0, op.group_steps == 0
+        )
+        beyond = Cat(
+            act_end > config.act_words, vb_end > config.vb_words, op.table + op.vectors > config.table_entries
+        )
+        return Mux(bad_shape.any(), Error.SHAPE, Mux(beyond.any(), Error.ADDRESS, Error.NONE))

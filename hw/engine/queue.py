@@ -1,0 +1,90 @@
+"""A unit's instruction queue: waits for tokens, hands operations to the unit, gives tokens when they are done."""
+
+from amaranth import Module, Signal, Value
+from amaranth.lib import data, stream, wiring
+from amaranth.lib.wiring import In, Out
+
+from golden.spec.engine import UNITS
+from hw.engine.interfaces import unit_port
+from hw.lib.streams import StreamFIFO
+
+PC_BITS = 24
+QUEUE_DEPTH = 8
+IN_FLIGHT = 4
+
+
+def queued(op) -> data.StructLayout:
+    """An operation on its way to a unit: tokens to take before it starts, tokens to give after it ends."""
+    return data.StructLayout({"op": op, "wait": UNITS, "signal": UNITS, "pc": PC_BITS})
+
+
+class UnitQueue(wiring.Component):
+    """`QUEUE_DEPTH` operations in front of a unit, at most `IN_FLIGHT` inside it.
+
+    The head takes all its tokens at once (`wait`) and goes to the unit in the same cycle if that is ready. `done` releases
+    the tokens of the oldest operation inside, in order (`release`). `pc` is the oldest instruction that has not finished;
+    `waiting` counts as a stall for tokens, `busy` as work.
+    """
+
+    latency = 1
+
+    def __init__(self, op):
+        self._op = op
+        super().__init__(
+            {
+                "i": In(stream.Signature(queued(op))),
+                "unit": Out(unit_port(op)),
+                "wait": Out(stream.Signature(UNITS)),
+                "release": Out(stream.Signature(UNITS)),
+                "hold": In(1),
+                "empty": Out(1),
+                "busy": Out(1),
+                "waiting": Out(1),
+                "pc": Out(PC_BITS),
+            }
+        )
+
+    def elaborate(self, platform):
+        m = Module()
+        m.submodules.queue = queue = StreamFIFO(queued(self._op), QUEUE_DEPTH)
+        inside = data.StructLayout({"signal": UNITS, "pc": PC_BITS})
+        m.submodules.inside = flying = StreamFIFO(inside, IN_FLIGHT)
+        m.d.comb += [
+            Value.cast(queue.i.payload).eq(Value.cast(self.i.payload)),
+            queue.i.valid.eq(self.i.valid),
+            self.i.ready.eq(queue.i.ready),
+        ]
+        head, taken, finished = queue.o.p, Signal(), Signal(range(IN_FLIGHT + 1))
+        starting = Signal()
+        able = queue.o.valid & flying.i.ready & ~self.hold
+        m.d.comb += [
+            self.wait.payload.eq(head.wait),
+            self.wait.valid.eq(able & ~taken),
+            self.unit.op.valid.eq(able & (taken | self.wait.ready)),
+            Value.cast(self.unit.op.payload).eq(Value.cast(head.op)),
+            starting.eq(self.unit.op.valid & self.unit.op.ready),
+            queue.o.ready.eq(starting),
+            flying.i.valid.eq(starting),
+            flying.i.p.signal.eq(head.signal),
+            flying.i.p.pc.eq(head.pc),
+        ]
+        with m.If(starting):
+            m.d.sync += taken.eq(0)
+        with m.Elif(self.wait.valid & self.wait.ready):
+            m.d.sync += taken.eq(1)
+        released = Signal()
+        m.d.comb += [
+            self.release.payload.eq(flying.o.p.signal),
+            self.release.valid.eq(flying.o.valid & ((finished != 0) | self.unit.done)),
+            released.eq(self.release.valid & self.release.ready),
+            flying.o.ready.eq(released),
+            self.empty.eq(~queue.o.valid & ~flying.o.valid),
+            self.busy.eq(flying.o.valid),
+            self.waiting.eq(self.wait.valid & ~self.wait.ready),
+        ]
+        m.d.sync += finished.eq(finished + self.unit.done - released)
+        with m.If(flying.o.valid):
+            m.d.comb += self.pc.eq(flying.o.p.pc)
+        with m.Else():
+            m.d.comb += self.pc.eq(head.pc)
+        return m

@@ -245,10 +245,10 @@ AccLLM's accuracy tables: none recovered. Prefill "2-4x": basis unclear."""
 FINDINGS = """\
 **Framework time.** InstInfer's KV shares leave {other:.2f} s per step outside flash and in-drive compute at batch 64. \
 Weights in GPU memory explain {weights:.2f} s of it; the rest needs {layer_ms:.1f} ms per layer of framework time, \
-{times:.0f} times what an eager decoder costs, or weights that stream from the host ({streamed:.2f} s per step). The shares cannot \
-tell these apart.
+{times:.0f} times what an eager decoder costs, or weights that stream from the host ({streamed:.2f} s per step). \
+The shares cannot tell these apart.
 **Recomp (vLLM) at +71.3%.** A drive of {flash:.2f} GB/s cannot exceed {cap:.0f} token/s with SparF at a mean context \
-of 1,536, and vLLM with continuous batching on an A6000 runs about {vllm:.0f} token/s on this workload by the same model. \
+of 1,536, and vLLM with continuous batching on an A6000 runs about {vllm:.0f} token/s here by the same model. \
 The published ratio needs a batch that is recomputed every two or three tokens; in lockstep (every token) the model \
 gives {ratio:.1f}x. No physical parameter reconciles the claim with continuous batching.
 **OPT-175B KV of 2.63 TB** is {kv175:.1f} times what its own shape gives at 2K and batch 128 in fp16.

@@ -16,8 +16,10 @@ VERBS = (
     "docs",
     "generate",
     "notebooks",
+    "report",
     "reproduce",
     "simulate",
+    "sweep",
     "synth",
     "verilog",
 )

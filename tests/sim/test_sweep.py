@@ -1,0 +1,220 @@
+"""Sweeps: nothing lost or done twice over kill -9, the same bytes for any worker count, and clear refusals."""
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+
+import pytest
+
+from sim import sweep as sweeps
+from sim.describe.base import ConfigError
+from sim.pareto import front
+from sim.store import Store, StoreError
+from sim.sweep import SweepError, evaluate, run
+from sim.sweepfile import load_sweep
+
+GRID = """
+scheme = ["flexgen-ssd", "gpu-recompute"]
+[workload]
+batch = [1, 4, 16, 64, 256]
+output_tokens = 32
+[set]
+"ssd.read_us" = [40.0, 50.0, 60.0]
+[objectives]
+tokens_per_s = "max"
+energy_j_per_token = "min"
+"""
+SEARCH = """
+scheme = ["flexgen-ssd", "flexgen-gds"]
+method = "search"
+points = 40
+[workload]
+batch = [4, 16, 64]
+output_tokens = 16
+[range]
+"ssd.read_us" = [20.0, 90.0]
+[objectives]
+tokens_per_s = "max"
+cost_usd_per_million_tokens = "min"
+"""
+
+
+def written(tmp_path, text, name="grid"):
+    path = tmp_path / f"{name}.toml"
+    path.write_text(text)
+    return path
+
+
+def test_a_grid_gives_every_point_once_in_order(tmp_path):
+    sweep = load_sweep(written(tmp_path, GRID))
+    with Store(tmp_path / "s.sqlite") as store:
+        rows = run(sweep, store, workers=1)
+    assert [r["workload.batch"] for r in rows[:6]] == [1, 1, 1, 4, 4, 4]
+    assert len(rows) == 30
+    refused = [r for r in rows if r["status"] == "refused"]
+    assert {(r["scheme"], r["workload.batch"]) for r in refused} == {("flexgen-ssd", 256)}
+    assert "a batch of" in refused[0]["error"]
+
+
+@pytest.mark.parametrize("text", [GRID, SEARCH])
+def test_results_do_not_depend_on_the_number_of_processes(tmp_path, text):
+    sweep = load_sweep(written(tmp_path, text))
+    tables = []
+    for workers in (1, 2):
+        with Store(tmp_path / f"{workers}.sqlite") as store:
+            tables.append(json.dumps(run(sweep, store, workers=workers)))
+    assert tables[0] == tables[1]
+
+
+def test_a_search_improves_on_its_first_batch_and_resumes_without_work(tmp_path, monkeypatch):
+    sweep = load_sweep(written(tmp_path, SEARCH))
+    with Store(tmp_path / "s.sqlite") as store:
+        rows = run(sweep, store, workers=1)
+        first = max(r["tokens_per_s"] for r in rows[:20])
+        assert max(r["tokens_per_s"] for r in rows) >= first
+        monkeypatch.setattr(sweeps, "evaluate", lambda *_: pytest.fail("computed again"))
+        assert run(sweep, store, workers=1) == rows
+
+
+def test_random_points_are_seeded_and_stay_in_range(tmp_path):
+    text = SEARCH.replace('"search"', '"random"')
+    points = list(load_sweep(written(tmp_path, text)).listed_points())
+    assert points == list(load_sweep(written(tmp_path, text)).listed_points())
+    assert all(20 <= p["ssd.read_us"] <= 90 for p in points)
+    assert len({p["ssd.read_us"] for p in points}) == 40
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from sim import sweep
+from sim.store import Store
+from sim.sweepfile import load_sweep
+inner = sweep.evaluate
+def slow(point, fidelity):
+    time.sleep(0.05)
+    return inner(point, fidelity)
+sweep.evaluate = slow
+with Store(Path(sys.argv[2])) as store:
+    sweep.run(load_sweep(Path(sys.argv[1])), store, workers=1)
+"""
+
+
+def stored(path):
+    if not path.exists():
+        return 0
+    try:
+        with sqlite3.connect(path) as db:
+            return db.execute("SELECT COUNT(*) FROM points").fetchone()[0]
+    except sqlite3.OperationalError:
+        return 0
+
+
+def test_kill_minus_nine_loses_nothing_and_repeats_nothing(tmp_path):
+    file, path = written(tmp_path, GRID), tmp_path / "s.sqlite"
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(file), str(path)])
+    deadline = time.monotonic() + 60
+    while stored(path) < 8 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    before = stored(path)
+    assert 8 <= before < 30
+    sweep = load_sweep(file)
+    computed = []
+    with Store(path) as store:
+        rows = run(sweep, store, workers=1, progress=lambda done, total: computed.append(done))
+    assert len(rows) == 30
+    assert len(computed) == 30 - before
+    with Store(tmp_path / "fresh.sqlite") as store:
+        assert run(sweep, store, workers=1) == rows
+
+
+def test_a_worker_that_dies_is_one_sentence_and_keeps_what_is_stored(tmp_path, monkeypatch):
+    sweep = load_sweep(written(tmp_path, GRID))
+
+    with Store(tmp_path / "s.sqlite") as store:
+        # Forked workers inherit the patched function, and leave as a segmentation fault would make them.
+        monkeypatch.setattr(sweeps, "evaluate", lambda *_: os._exit(1))
+        with pytest.raises(
+            SweepError, match="a worker process of sweep grid died; 0 points are stored in .*resumes"
+        ):
+            run(sweep, store, workers=2)
+        monkeypatch.undo()
+        assert len(run(sweep, store, workers=2)) == 30
+
+
+def test_a_dask_cluster_gives_the_same_table(tmp_path):
+    distributed = pytest.importorskip("dask.distributed")
+    sweep = load_sweep(written(tmp_path, GRID))
+    with Store(tmp_path / "a.sqlite") as store:
+        local = run(sweep, store, workers=1)
+    with (
+        distributed.LocalCluster(1, processes=False, threads_per_worker=1, dashboard_address=None) as cluster,
+        Store(tmp_path / "b.sqlite") as store,
+    ):
+        assert run(sweep, store, scheduler=cluster.scheduler_address) == local
+
+
+def test_changed_calibration_is_computed_anew(tmp_path, calibration):
+    sweep = load_sweep(written(tmp_path, GRID))
+    with Store(tmp_path / "s.sqlite") as store:
+        run(sweep, store, workers=1)
+        (calibration / "new.json").write_text("{}")
+        rows = run(sweep, store, workers=1)
+    assert len(rows) == 60
+
+
+def test_parquet_holds_the_table(tmp_path):
+    import polars as pl
+
+    sweep = load_sweep(written(tmp_path, GRID))
+    with Store(tmp_path / "s.sqlite") as store:
+        rows = run(sweep, store, workers=1)
+        store.write_parquet(sweep.name, tmp_path / "t.parquet")
+    frame = pl.read_parquet(tmp_path / "t.parquet")
+    assert frame["tokens_per_s"].to_list() == [r.get("tokens_per_s") for r in rows]
+
+
+def test_a_corrupt_store_is_refused(tmp_path):
+    path = tmp_path / "s.sqlite"
+    path.write_bytes(b"not a database at all" * 99)
+    with pytest.raises(StoreError, match=r"sweep store .*s.sqlite is not a readable database .*move it away"):
+        Store(path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"flexgen-ssd", ', '"flexgen-sd", ', r"unknown scheme 'flexgen-sd' \(did you mean flexgen-ssd\?\)"),
+        ("tokens_per_s", "token_per_s", r"unknown objective 'token_per_s' \(did you mean tokens_per_s\?\)"),
+        ("batch =", "bach =", r"unknown field workload.bach \(did you mean batch\?\)"),
+        ("[set]", "[range]", r"field range.ssd.read_us"),
+        ("scheme =", "schem =", r"unknown field schem = .*did you mean scheme"),
+    ],
+)
+def test_a_broken_sweep_file_is_one_sentence(tmp_path, old, new, message):
+    with pytest.raises(ConfigError, match=message):
+        load_sweep(written(tmp_path, GRID.replace(old, new, 1)))
+
+
+def test_a_range_in_a_grid_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"a grid takes lists under \[set\], not \[range\]"):
+        load_sweep(written(tmp_path, SEARCH.replace('"search"', '"grid"')))
+
+
+def test_an_unknown_device_field_is_a_refusal_with_its_reason():
+    point = {"machine": "reference", "model": "opt-13b", "scheme": "flexgen-ssd", "ssd.red_us": 4}
+    status, reason = evaluate(point, "flow")
+    assert status == "refused"
+    assert "did you mean read_us" in reason
+
+
+def test_the_front_keeps_only_what_nothing_beats():
+    rows = [{"a": 1, "b": 1}, {"a": 2, "b": 2}, {"a": 3, "b": 1}, {"a": 2, "b": 3}, {"a": 0, "b": 9}]
+    assert front(rows, {"a": True, "b": True}) == [{"a": 3, "b": 1}, {"a": 2, "b": 3}, {"a": 0, "b": 9}]
+    assert front(rows, {"a": True, "b": False}) == [{"a": 3, "b": 1}]

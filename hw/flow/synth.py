@@ -15,7 +15,7 @@ from hw.flow.verilog import emit
 from hw.flow.yosys import load_stat, run_script, run_tool
 
 FAMILIES = {"xcup": "UltraScale+", "xc7": "7-series"}
-SYNTH_VERSION = "4"  # part of the cache key: raise it when the script below changes
+SYNTH_VERSION = "5"  # part of the cache key: raise it when the script below changes
 
 # LUTs that hold memory or shift registers count as LUTs of the device, with the sites they occupy.
 _LUTRAM_SITES = {

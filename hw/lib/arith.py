@@ -4,7 +4,7 @@ The functions are combinational and exact; each result has the width its name or
 units move one number at a time: they serve scalars that exist once per vector (a reciprocal, a root), never elements.
 """
 
-from amaranth import Cat, Const, Module, Mux, Signal, Value, unsigned
+from amaranth import Cat, Const, Module, Mux, Signal, Value, signed, unsigned
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -57,23 +57,27 @@ def absolute(x: Value) -> Value:
     return Mux(x[-1], -x, x)[: len(x)]
 
 
+def leading_one(x: Value) -> Value:
+    """Position of the highest one of an unsigned value (0 of 0); one multiplexer per halving of the width."""
+    if len(x) == 1:
+        return Const(0, 1)
+    half_bits = (len(x) - 1).bit_length() - 1
+    low, high = x[: 1 << half_bits], x[1 << half_bits :]
+    if not half_bits:
+        return high
+    found = high.any()
+    inner = Mux(found, leading_one(high), leading_one(low))
+    return Cat(resize(inner, half_bits), found)
+
+
 def bit_length(x: Value) -> Value:
     """Position of the highest one plus 1 of an unsigned value, 0 of 0; a tree of logarithmic depth."""
-    if len(x) == 1:
-        return x[0]
-    half = 1 << ((len(x) - 1).bit_length() - 1)
-    low, high = x[:half], x[half:]
-    return Mux(high.any(), bit_length(high) + half, bit_length(low))
+    return Mux(x.any(), leading_one(x) + 1, 0)[: len(x).bit_length()]
 
 
-def normalise(x: Value) -> Value:
-    """Unsigned `x` shifted left until its highest bit is one; 0 stays 0. Same width."""
-    width, step = len(x), 1 << (len(x).bit_length() - 1)
-    while step:
-        if step < width:
-            x = Mux(x[width - step :].any(), x, Cat(Const(0, step), x[: width - step]))
-        step >>= 1
-    return x
+def normalise(x: Value, length: Value) -> Value:
+    """Unsigned `x` of bit length `length` shifted left until its highest bit is one. Same width."""
+    return (x << (len(x) - length)[: len(x).bit_length()])[: len(x)]
 
 
 def product(a: Value, b: Value) -> Value:
@@ -126,10 +130,12 @@ class Divider(wiring.Component):
         divisor = Signal(self._d)
         left = Signal(range(self.latency))
         rest, bits = remainder, quotient
-        for _ in range(self._digits):
+        for digit in range(self._digits):
             grown = Cat(bits[-1], rest)
-            fits = grown >= divisor
-            rest = Mux(fits, grown - divisor, grown)[: len(remainder)]
+            less = Signal(signed(len(grown) + 1), name=f"less_{digit}")
+            m.d.comb += less.eq(grown - divisor)
+            fits = ~less[-1]
+            rest = Mux(fits, less, grown)[: len(remainder)]
             bits = Cat(fits, bits[:-1])
         m.d.comb += [
             self.o.payload.eq(quotient),
@@ -180,11 +186,12 @@ class ISqrt(wiring.Component):
         root = Signal(half)
         left = Signal(range(self.latency))
         rest, found, feed = remainder, root, operand
-        for _ in range(self._digits):
+        for digit in range(self._digits):
             grown = Cat(feed[-2:], rest)
-            trial = Cat(Const(1, 2), found)
-            fits = grown >= trial
-            rest = Mux(fits, grown - trial, grown)[: len(remainder)]
+            less = Signal(signed(len(grown) + 1), name=f"less_{digit}")
+            m.d.comb += less.eq(grown - Cat(Const(1, 2), found))
+            fits = ~less[-1]
+            rest = Mux(fits, less, grown)[: len(remainder)]
             found = Cat(fits, found[:-1])
             feed = Cat(Const(0, 2), feed[:-2])
         m.d.comb += [

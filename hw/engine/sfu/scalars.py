@@ -12,6 +12,7 @@ from golden.spec import formats
 from hw.engine.interfaces import OutputScale
 from hw.engine.sfu.lanes import N1_BIAS, OFFSET_BITS
 from hw.lib import arith
+from hw.lib.pipeline import Pipe
 
 SUM_BITS = 47
 """Sum of squares of up to 2**16 elements of at most 2**15."""
@@ -72,7 +73,7 @@ class ScalarResult(data.Struct):
 
 
 class Fp16Rounder(wiring.Component):
-    """Magnitude `x * 2**-w` to binary16, to nearest with ties to even; `latency` cycles, no handshake.
+    """Magnitude `x * 2**-w` to binary16, to nearest with ties to even; `latency` cycles, one per cycle, no handshake.
 
     `floor_shift` is `w - 24`, what is cut off a subnormal; at least -8. `half`: the bits without sign. `m`, `q`: the
     rounded value is `m * 2**(q - 8 - w)`, `m` at most 2048. Values from 65520 are not for this unit: a record of the
@@ -82,7 +83,7 @@ class Fp16Rounder(wiring.Component):
     BITS = 44
     LIFT = 8
     """A minimum has 16 fraction bits, a subnormal 24."""
-    latency = 3
+    latency = 5
 
     def __init__(self):
         super().__init__(
@@ -97,23 +98,19 @@ class Fp16Rounder(wiring.Component):
 
     def elaborate(self, platform):
         m = Module()
+        pipe = Pipe(m)
         wide = self.BITS + self.LIFT
-        x, cut = Signal(self.BITS), Signal(6)
-        kept, above = Signal(2 * wide), Signal(6)
-        floor_late, cut_late = Signal(6), Signal(6)
-        normal = arith.bit_length(self.x) - 11
-        cut_now = Mux(normal > self.floor_shift, normal, self.floor_shift) + self.LIFT
-        m.d.sync += [x.eq(self.x), cut.eq(cut_now), above.eq(cut_now - self.LIFT - self.floor_shift)]
-        m.d.sync += [
-            kept.eq(Cat(Const(0, wide + self.LIFT), x) >> cut),
-            floor_late.eq(above),
-            cut_late.eq(cut),
-        ]
+        floor = pipe.reg(self.floor_shift, "floor")
+        normal = pipe.reg(arith.bit_length(self.x), "length") - 11
+        cut = pipe.reg((Mux(normal > floor, normal, floor) + self.LIFT)[:6], "cut")
+        above = pipe.reg((Mux(normal > floor, normal - floor, 0))[:6], "above", 3)
+        shifted = Cat(Const(0, wide + self.LIFT), pipe.reg(self.x, "x", 2)) >> cut
+        kept = pipe.reg(shifted[: wide + 12], "kept")
         integer, fraction = kept[wide:], kept[:wide]
-        up = fraction[-1] & (fraction[:-1].any() | integer[0])
-        rounded = Signal(12)
-        m.d.comb += rounded.eq(integer[:12] + up)
-        m.d.sync += [self.m.eq(rounded), self.q.eq(cut_late), self.half.eq((floor_late << 10) + rounded)]
+        up = pipe.reg(fraction[-1] & (fraction[:-1].any() | integer[0]), "up")
+        integer = pipe.reg(integer, "integer")
+        m.d.comb += self.q.eq(pipe.reg(cut, "q", 3))
+        m.d.sync += [self.m.eq(integer + up), self.half.eq(Cat(Const(0, 10), above[:5]) + integer + up)]
         return m
 
 
@@ -156,7 +153,7 @@ class ScalarUnit(wiring.Component):
             ScalarKind.SQUARE_SHIFT: 4,
             ScalarKind.A8: 4,
             ScalarKind.NORM: 5 + root,
-            ScalarKind.KV: 2 + 2 * Fp16Rounder.latency,
+            ScalarKind.KV: 5 + Fp16Rounder.latency,
         }[kind]
 
     @staticmethod
@@ -251,16 +248,17 @@ class ScalarUnit(wiring.Component):
 
     def _a8(self, m: Module, request, pending) -> None:
         bits = formats.VEC_BITS
-        amax, normal, length = Signal(bits), Signal(bits), Signal(range(bits + 1))
+        amax, length = Signal(bits), Signal(range(bits + 1))
         divisor, lanes = Signal(17), self.o.p.lanes
         with m.State("AMAX"):
             low, high = arith.absolute(request.least), arith.absolute(request.most)
             m.d.sync += amax.eq(Mux(low > high, low, high))
             m.next = "LENGTH"
         with m.State("LENGTH"):
-            m.d.sync += [normal.eq(arith.normalise(amax)), length.eq(arith.bit_length(amax))]
+            m.d.sync += length.eq(arith.bit_length(amax))
             m.next = "SHIFT"
         with m.State("SHIFT"):
+            normal = arith.normalise(amax, length)
             m.d.sync += divisor.eq(normal[16:] + normal[:16].any())
             with m.If(request.kind != ScalarKind.SQUARE_SHIFT):
                 m.next = "DIVISOR"
@@ -289,19 +287,19 @@ class ScalarUnit(wiring.Component):
 
     def _norm(self, m: Module, request, pending) -> None:
         epsilon, energy = Signal(EPSILON_BITS), Signal(ENERGY_BITS)
-        normal, length = Signal(ENERGY_BITS), Signal(range(ENERGY_BITS + 1))
+        length = Signal(range(ENERGY_BITS + 1))
         with m.State("ENERGY"):
             m.d.sync += epsilon.eq(arith.rnd_shift(request.epsilon, Cat(Const(0, 1), request.shift)))
             m.next = "ADD"
         with m.State("ADD"):
             total = request.total + epsilon
             m.d.sync += energy.eq(Mux(total == 0, 1, total))
-            m.next = "NORMAL"
-        with m.State("NORMAL"):
-            m.d.sync += [normal.eq(arith.normalise(energy)), length.eq(arith.bit_length(energy))]
+            m.next = "LENGTH-OF-ENERGY"
+        with m.State("LENGTH-OF-ENERGY"):
+            m.d.sync += length.eq(arith.bit_length(energy))
             m.next = "ROOT"
         with m.State("ROOT"):
-            top = normal[ENERGY_BITS - 32 :]
+            top = arith.normalise(energy, length)[ENERGY_BITS - 32 :]
             m.d.comb += [self._root.i.valid.eq(1), self._root.i.payload.eq(Mux(length[0], top >> 1, top))]
             m.next = "ROOT-WAIT"
         divisor = Signal(16)
@@ -317,7 +315,7 @@ class ScalarUnit(wiring.Component):
         clip, rounder = formats.KV_CLIP_BITS, self._rounder
         least, most = Signal(signed(clip)), Signal(signed(clip))
         span, product = Signal(unsigned(clip + 1)), Signal(Fp16Rounder.BITS)
-        cycle = Signal(range(2 * Fp16Rounder.latency))
+        cycle = Signal(range(Fp16Rounder.latency + 2))
         offset, minimum = Signal(signed(OFFSET_BITS)), Signal(16)
         (narrow_c, narrow_f), (wide_c, wide_f) = formats.KV_RANGE_DIV[4], formats.KV_RANGE_DIV[8]
         m.d.comb += [rounder.x.eq(arith.absolute(least)), rounder.floor_shift.eq(formats.VEC_FRAC - 24)]
@@ -341,13 +339,13 @@ class ScalarUnit(wiring.Component):
                     offset.eq(Mux(least < 0, -value, value)),
                     minimum.eq(Cat(rounder.half, least < 0)),
                 ]
-            with m.If(cycle >= Fp16Rounder.latency - 1):
+            with m.If(cycle >= 2):
                 floor = [f + formats.VEC_FRAC - 24 for f in (narrow_f, wide_f)]
                 m.d.comb += [
                     rounder.x.eq(product),
                     rounder.floor_shift.eq(Mux(request.wide, floor[1], floor[0])),
                 ]
-            with m.If(cycle == 2 * Fp16Rounder.latency - 2):
+            with m.If(cycle == Fp16Rounder.latency + 1):
                 m.next = "RECORD"
         scale, mantissa, exponent = Signal(15), Signal(11), Signal(signed(8))
         with m.State("RECORD"):
@@ -355,7 +353,7 @@ class ScalarUnit(wiring.Component):
             weight = Mux(request.wide, wide_f, narrow_f) + formats.VEC_FRAC + Fp16Rounder.LIFT
             m.d.sync += [
                 scale.eq(rounder.half),
-                mantissa.eq(arith.normalise(rounder.m) >> 1),
+                mantissa.eq(arith.normalise(rounder.m, length) >> 1),
                 exponent.eq(rounder.q + length - weight - 11),
             ]
             m.next = "MANTISSA"

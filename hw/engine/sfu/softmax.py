@@ -322,7 +322,8 @@ class SoftmaxUnit(wiring.Component):
         m.d.comb += finals.i.p.l.eq(l)
 
         m.submodules.divider = divider = arith.Divider(31, 17, RECIP_BITS)
-        normal, length = Signal(L_BITS), Signal(range(L_BITS + 1))
+        total, length = Signal(L_BITS), Signal(range(L_BITS + 1))
+        normal = arith.normalise(total, length)
         m.d.comb += [
             divider.i.p.n.eq(RECIP_ONE),
             divider.i.p.d.eq(normal[L_BITS - RECIP_BITS :]),
@@ -332,7 +333,7 @@ class SoftmaxUnit(wiring.Component):
         with m.FSM(name="finish"):
             with m.State("WAIT"), m.If(finals.o.valid):
                 m.d.sync += [
-                    normal.eq(arith.normalise(finals.o.p.l)),
+                    total.eq(finals.o.p.l),
                     length.eq(arith.bit_length(finals.o.p.l)),
                     self.table.addr.eq(finals.o.p.table),
                 ]

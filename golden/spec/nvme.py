@@ -244,9 +244,10 @@ class AddressMap:
 
 
 # --- data structures in host memory -----------------------------------------------------------------
-ATTEND_HEADER_DWORDS = 2
-"""An attend result record per sequence: status, offending logical address; then its outputs.
+ATTEND_HEADER_BYTES = 8
+"""An attend result record per sequence starts with its status and the offending logical address, 32 bits each."""
+ATTEND_STATE_BYTES = 12
+"""With `partial`, per query head: maximum (int32, whole log2 units) and sum (uint64, unit 2^-40) of its softmax.
 
-Outputs are [q_heads, head_size] fp32, or, when `partial` is set, the unmerged softmax state of
-`golden.spec.storage` per query head: maximum and sum as fp32, then [head_size] fp32 unnormalised.
+A record is header, then these states if asked for, then the outputs, [q_heads, head_size] fp16.
 """

@@ -60,6 +60,8 @@ class SparfTrace:
     alpha: I64
     """Q16 [G]."""
     output: F16
+    state: Softmax
+    """Approximate softmax over all tokens: its maximum and sum weigh the output against other partials."""
 
 
 def check_shapes(q: F16, k: F16, v: F16) -> None:
@@ -129,8 +131,8 @@ def _pad(x: NDArray) -> NDArray:
     return padded.reshape(groups, GROUP_TOKENS, *x.shape[1:])
 
 
-def normalised(q: F16, k: F16, v: F16, selected: NDArray[np.bool_]) -> F32:
-    """y [G, dh] of exact attention over the selected tokens (bool [S])."""
+def exact(q: F16, k: F16, v: F16, selected: NDArray[np.bool_]) -> tuple[F32, Softmax]:
+    """y [G, dh] of exact attention over the selected tokens (bool [S]), and the softmax state it ended in."""
     queries, dh = q.shape
     c = np.full(queries, SOFTMAX_SCALE[dh], np.int64)
     frac = np.full(queries, SCALE_FRAC, np.int64)
@@ -146,7 +148,12 @@ def normalised(q: F16, k: F16, v: F16, selected: NDArray[np.bool_]) -> F32:
     rl, n = reciprocal(state.sum)
     y = mulint(o, rl[:, None], n[:, None] - 24)
     bad = state.poisoned | (state.sum == 0)
-    return np.where(bad[:, None], np.float32(np.nan), y)
+    return np.where(bad[:, None], np.float32(np.nan), y), state
+
+
+def normalised(q: F16, k: F16, v: F16, selected: NDArray[np.bool_]) -> F32:
+    """y [G, dh] of exact attention over the selected tokens (bool [S])."""
+    return exact(q, k, v, selected)[0]
 
 
 def dense(q: F16, k: F16, v: F16) -> F16:
@@ -232,4 +239,4 @@ def sparf(q: F16, k: F16, v: F16, vbar: F16, *, r: int, top: int, window: int) -
     mean = np.asarray(vbar, np.float16).astype(np.float32)[None]
     one, shift = np.int64(1 << ALPHA_FRAC), np.array(ALPHA_FRAC)
     mixed = add(mulint(y, alpha[:, None], shift), mulint(mean, (one - alpha)[:, None], shift))
-    return SparfTrace(channels, keys, chosen, alpha, to_fp16(mixed))
+    return SparfTrace(channels, keys, chosen, alpha, to_fp16(mixed), state)

@@ -1,6 +1,6 @@
 """From a vector instruction to its beats: addresses, masks and the place of each word, pass after pass."""
 
-from amaranth import Cat, Module, Mux, Signal, unsigned
+from amaranth import Cat, Module, Mux, Signal, signed, unsigned
 from amaranth.lib import data, enum, stream, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -74,12 +74,11 @@ class Walker(wiring.Component):
 
     def elaborate(self, platform):
         m = Module()
-        op, stage = self.op, Signal(Pass)
-        bases = {name: Signal(ADDRESS_SUM, name=f"base_{name}") for name in ("a", "b", "dst")}
-        addresses = {name: Signal(ADDRESS_SUM, name=f"address_{name}") for name in bases}
-        outside, fault = Signal(), Signal(4)
-        m.d.comb += [outside.eq(self._outside(addresses, stage)), fault.eq(self._fault(op))]
-        last_word, last_vector = self._beat(m, bases, addresses, stage)
+        op, self._stage, fault = self.op, Signal(Pass), Signal(4)
+        self._decode(m)
+        self._state()
+        m.d.comb += fault.eq(self._fault(op))
+        outside, ends = self._beat(m)
         with m.FSM(name="walk"):
             with m.State("IDLE"):
                 m.d.comb += self.i.ready.eq(1)
@@ -88,10 +87,10 @@ class Walker(wiring.Component):
                     m.next = "CHECK"
             with m.State("CHECK"):
                 scans = is_op(op.op, Op.NORM, Op.QUANT, Op.KVQUANT) & ~op.fresh
-                m.d.sync += stage.eq(Mux(scans, Pass.SCAN, self._after_scan(op)))
-                self._restart(m, bases)
-                m.next = "WALK"
+                m.d.sync += self._stage.eq(Mux(scans, Pass.SCAN, self._after_scan(op)))
+                self._first_vector(m)
                 m.d.comb += self.accepted.eq(fault == Error.NONE.value)
+                m.next = "WALK"
                 with m.If(~self.accepted):
                     m.d.sync += self.error.eq(fault)
                     m.next = "STOPPED"
@@ -101,7 +100,7 @@ class Walker(wiring.Component):
                     m.d.sync += self.error.eq(Error.ADDRESS.value)
                     m.next = "STOPPED"
                 with m.Elif(self.o.ready):
-                    self._step(m, bases, stage, last_word, last_vector)
+                    self._step(m, ends)
             with m.State("STOPPED"):
                 pass
         return m
@@ -124,89 +123,142 @@ class Walker(wiring.Component):
             Mux(shape, Error.SHAPE.value, Mux(entries, Error.ADDRESS.value, Error.NONE.value)),
         )
 
-    def _outside(self, addresses: dict, stage):
-        """Whether the word at hand lies outside a buffer that it uses."""
-        op, config = self.op.op, self._config
-        to_groups = is_op(op, Op.QUANT, Op.SOFTMAX)
-        to_words = is_op(op, Op.NORM, Op.ROPE, Op.GATE, Op.ADD)
-        dst = (to_words & (addresses["dst"] >= config.vb_words)) | (
-            to_groups & (addresses["dst"] >= 2 * config.act_words)
-        )
-        b = self.o.p.use_b & (addresses["b"] >= config.vb_words)
-        return (addresses["a"] >= config.vb_words) | b | ((stage == Pass.MAIN) & dst)
+    def _decode(self, m: Module) -> None:
+        """What the opcode says, registered while the instruction is checked."""
+        code = self.op.op
+        for name, ops in {
+            "softmax": (Op.SOFTMAX,),
+            "groups": (Op.QUANT, Op.SOFTMAX),
+            "words": (Op.NORM, Op.ROPE, Op.GATE, Op.ADD),
+            "b": (Op.NORM, Op.ROPE, Op.GATE, Op.ADD, Op.SOFTMAX),
+        }.items():
+            flag = Signal(name=f"is_{name}")
+            m.d.sync += flag.eq(is_op(code, *ops))
+            setattr(self, f"_is_{name}", flag)
 
-    def _beat(self, m: Module, bases: dict, addresses: dict, stage) -> tuple:
-        """The beat at the current position; returns whether it ends its vector, and whether that is the last one."""
-        op, out, lanes = self.op, self.o.p, self._config.vector_lanes
-        slots = ATTN_TILE // lanes
-        slot_bits, lane_bits = (slots - 1).bit_length(), (lanes - 1).bit_length()
-        self._word, self._vector = Signal(17), Signal(8)
-        self._token, self._in_token = Signal(8), Signal(5)
-        word, softmax = self._word, op.op == int(Op.SOFTMAX)
-        words = Mux(
-            softmax, ((op.count + (ATTN_TILE - 1)) >> 5) << slot_bits, (op.count + (lanes - 1)) >> lane_bits
-        )
-        last_word, last_vector = word == words - 1, self._vector == op.vectors - 1
-        in_groups = is_op(op.op, Op.QUANT, Op.SOFTMAX)
+    def _state(self) -> None:
+        """Where the walk stands; everything is a register, so that a beat is a few gates behind it.
+
+        `base_*`, `address_*`: first word of the vector and word at hand. `words`: words left in the vector. `room_*`:
+        elements from the word at hand to a bound, not positive when it is passed.
+        """
+        self._base = {name: Signal(ADDRESS_SUM, name=f"base_{name}") for name in ("a", "b", "dst")}
+        self._address = {name: Signal(ADDRESS_SUM, name=f"address_{name}") for name in self._base}
+        self._words = Signal(17)
+        self._vectors = Signal(8)
+        self._vector = Signal(8)
+        self._slot = Signal(range(max(2, ATTN_TILE // self._config.vector_lanes)))
+        self._first, self._first_tile = Signal(), Signal()
+        self._room = {
+            name: Signal(signed(18), name=f"room_{name}") for name in ("count", "low", "high", "sinks")
+        }
+        self._token_low, self._token_high = Signal(signed(18)), Signal(signed(18))
+        self._in_token = Signal(5)
+
+    def _beat(self, m: Module) -> tuple:
+        """The beat at hand; returns whether it lies outside a buffer that it uses, and the ends of vector and walk."""
+        out, config, lanes = self.o.p, self._config, self._config.vector_lanes
+        main = self._stage == Pass.MAIN
+        last_word, last_vector = self._words == 1, self._vectors == 1
+        below = {name: _below(room, lanes) for name, room in self._room.items()}
+        live = below["sinks"] | (below["high"] & ~below["low"])
         m.d.comb += [
-            addresses["a"].eq(bases["a"] + word),
-            addresses["b"].eq(bases["b"] + word),
-            addresses["dst"].eq(bases["dst"] + Mux(in_groups, word >> slot_bits, word)),
-            out.a.eq(addresses["a"]),
-            out.b.eq(addresses["b"]),
-            out.use_b.eq((stage == Pass.MAIN) & ~is_op(op.op, Op.QUANT, Op.KVQUANT)),
-            out.tag.stage.eq(stage),
+            out.a.eq(self._address["a"]),
+            out.b.eq(self._address["b"]),
+            out.use_b.eq(main & self._is_b),
+            out.tag.stage.eq(self._stage),
             out.tag.vector.eq(self._vector),
-            out.tag.dst.eq(addresses["dst"]),
-            out.tag.slot.eq(word[:slot_bits] if slot_bits else 0),
-            out.tag.first.eq(word == 0),
-            out.tag.first_tile.eq(word < slots),
+            out.tag.dst.eq(self._address["dst"]),
+            out.tag.slot.eq(self._slot),
+            out.tag.first.eq(self._first),
+            out.tag.first_tile.eq(self._first_tile),
             out.tag.last.eq(last_word),
-            out.tag.final.eq(last_word & last_vector & (stage == Pass.MAIN)),
+            out.tag.final.eq(last_word & last_vector & main),
+            out.tag.mask.eq(below["count"] & (live | ~self._is_softmax.replicate(lanes))),
         ]
-        start = word << lane_bits
-        inside = _below(op.count, start, lanes)
-        low = op.low.as_signed() + self._token
-        window = _below(op.high + self._token, start, lanes) & ~_below(low, start, lanes)
-        live = window | _below(op.sinks, start, lanes)
-        m.d.comb += out.tag.mask.eq(Mux(softmax, inside & live, inside))
-        return last_word, last_vector
+        beyond_words = {name: address >= config.vb_words for name, address in self._address.items()}
+        beyond_groups = self._address["dst"] >= 2 * config.act_words
+        dst = (self._is_words & beyond_words["dst"]) | (self._is_groups & beyond_groups)
+        outside = beyond_words["a"] | (main & ((self._is_b & beyond_words["b"]) | dst))
+        return outside, (last_word, last_vector)
 
-    def _restart(self, m: Module, bases: dict) -> None:
+    def _first_vector(self, m: Module) -> None:
         op = self.op
+        for name, address in (("a", op.addr), ("b", op.addr_b), ("dst", op.dst)):
+            m.d.sync += [self._base[name].eq(address), self._address[name].eq(address)]
+        low, high = op.low.as_signed(), op.high
         m.d.sync += [
-            bases["a"].eq(op.addr),
-            bases["b"].eq(op.addr_b),
-            bases["dst"].eq(op.dst),
-            self._word.eq(0),
             self._vector.eq(0),
-            self._token.eq(0),
-            self._in_token.eq(0),
+            self._vectors.eq(op.vectors),
+            self._in_token.eq(op.vec_group),
+            self._token_low.eq(low),
+            self._token_high.eq(high),
+        ]
+        self._first_word(m, low, high)
+
+    def _first_word(self, m: Module, low, high) -> None:
+        op, lanes = self.op, self._config.vector_lanes
+        slots, lane_bits = ATTN_TILE // lanes, (lanes - 1).bit_length()
+        tiles = (op.count + (ATTN_TILE - 1)) >> 5
+        words = Mux(
+            op.op == int(Op.SOFTMAX), tiles << (slots - 1).bit_length(), (op.count + (lanes - 1)) >> lane_bits
+        )
+        m.d.sync += [
+            self._words.eq(words),
+            self._slot.eq(0),
+            self._first.eq(1),
+            self._first_tile.eq(1),
+            self._room["count"].eq(op.count),
+            self._room["sinks"].eq(op.sinks),
+            self._room["low"].eq(low),
+            self._room["high"].eq(high),
         ]
 
-    def _step(self, m: Module, bases: dict, stage, last_word, last_vector) -> None:
+    def _step(self, m: Module, ends: tuple) -> None:
+        """To the next word, vector or pass, or back to idle."""
+        last_word, last_vector = ends
+        lanes = self._config.vector_lanes
+        group_ends = self._slot == ATTN_TILE // lanes - 1
+        m.d.sync += [
+            self._words.eq(self._words - 1),
+            self._slot.eq(Mux(group_ends, 0, self._slot + 1)),
+            self._first.eq(0),
+            self._address["a"].eq(self._address["a"] + 1),
+            self._address["b"].eq(self._address["b"] + 1),
+            self._address["dst"].eq(self._address["dst"] + (group_ends | ~self._is_groups)),
+        ]
+        with m.If(group_ends):
+            m.d.sync += self._first_tile.eq(0)
+        for room in self._room.values():
+            # A bound that is passed stays passed: the counter must not wrap in a long vector.
+            with m.If(room > -lanes):
+                m.d.sync += room.eq(room - lanes)
+        with m.If(last_word & last_vector):
+            self._first_vector(m)
+            m.d.sync += self._stage.eq(Mux(self._stage == Pass.SCAN, self._after_scan(self.op), Pass.MAIN))
+            with m.If(self._stage == Pass.MAIN):
+                m.next = "IDLE"
+        with m.Elif(last_word):
+            self._next_vector(m)
+
+    def _next_vector(self, m: Module) -> None:
         op = self.op
-        m.d.sync += self._word.eq(self._word + 1)
-        with m.If(last_word):
-            m.d.sync += [
-                self._word.eq(0),
-                self._vector.eq(self._vector + 1),
-                bases["a"].eq(bases["a"] + op.stride),
-                bases["b"].eq(bases["b"] + op.stride_b),
-                bases["dst"].eq(bases["dst"] + op.dst_stride),
-                self._in_token.eq(self._in_token + 1),
-            ]
-            with m.If(self._in_token == op.vec_group - 1):
-                m.d.sync += [self._in_token.eq(0), self._token.eq(self._token + 1)]
-            with m.If(last_vector):
-                self._restart(m, bases)
-                m.d.sync += stage.eq(Mux(stage == Pass.SCAN, self._after_scan(op), Pass.MAIN))
-                with m.If(stage == Pass.MAIN):
-                    m.next = "IDLE"
+        for name, stride in (("a", op.stride), ("b", op.stride_b), ("dst", op.dst_stride)):
+            following = self._base[name] + stride
+            m.d.sync += [self._base[name].eq(following), self._address[name].eq(following)]
+        token_ends = self._in_token == 1
+        low, high = self._token_low + token_ends, self._token_high + token_ends
+        m.d.sync += [
+            self._vector.eq(self._vector + 1),
+            self._vectors.eq(self._vectors - 1),
+            self._in_token.eq(Mux(token_ends, op.vec_group, self._in_token - 1)),
+            self._token_low.eq(low),
+            self._token_high.eq(high),
+        ]
+        self._first_word(m, low, high)
 
 
-def _below(bound, start, lanes: int):
-    """Bit k of the result: whether element `start + k` is below `bound`."""
-    room = bound - start
-    count = Mux(room < 0, 0, Mux(room > lanes, lanes, room))[: lanes.bit_length()]
-    return Cat(count > k for k in range(lanes))
+def _below(room, lanes: int):
+    """Bit k of the result: whether element k of the word is before a bound that is `room` elements away."""
+    some = ~room[-1] & (room[lanes.bit_length() - 1 : -1].any())
+    return Cat(some | (~room[-1] & (room[: lanes.bit_length() - 1] > k)) for k in range(lanes))

@@ -70,9 +70,13 @@ class EntryGate(wiring.Component):
             }
         )
 
+        # State that proofs refer to.
+        self.held, self.current, self.wanted = Signal(), Signal(DESCRIPTOR), Signal()
+        self.count, self.broken = Signal(COUNT_BITS), Signal()
+
     def elaborate(self, platform):
         m = Module()
-        held, current, wanted = Signal(), Signal(DESCRIPTOR), Signal()
+        held, current, wanted = self.held, self.current, self.wanted
         beat = self.i.payload
         accept = Signal()
         m.d.comb += [
@@ -88,7 +92,7 @@ class EntryGate(wiring.Component):
             ]
 
         # --- stage 1: where in the page the beat lies
-        count, broken = Signal(COUNT_BITS), Signal()
+        count, broken = self.count, self.broken
         misplaced = (beat.first != (count == 0)) | (beat.last != (count == PAGE_CHANNEL_BEATS - 1))
         valid, entry, half = Signal(), Signal(5), Signal()
         judged, desc = Signal(GATED), Signal(DESCRIPTOR)

@@ -59,6 +59,10 @@ class PageRing(wiring.Component):
             }
         )
 
+        # State that proofs refer to: rows written, rows of closed pages, rows read; each modulo twice the depth.
+        bits = (depth - 1).bit_length() + 1
+        self.head, self.start, self.tail = Signal(bits), Signal(bits), Signal(bits)
+
     def elaborate(self, platform):
         m = Module()
         bits = (self._depth - 1).bit_length()
@@ -68,7 +72,7 @@ class PageRing(wiring.Component):
         m.submodules.pages = pages = StreamFIFO(page, self._slots)
 
         # --- writing
-        start, head, tail = Signal(bits + 1), Signal(bits + 1), Signal(bits + 1)
+        start, head, tail = self.start, self.head, self.tail
         write = self.write.payload
         kept = self.write.valid & write.keep
         after = Signal(bits + 1)

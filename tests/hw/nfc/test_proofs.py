@@ -1,0 +1,38 @@
+"""Formal proofs of the filter's gate, its ring and the page order; and that they notice broken designs."""
+
+import pytest
+
+from hw.flow.formal import ProofFailed, prove
+from hw.storage.nfc import gate, ring
+from tests.hw.nfc import proofs
+
+
+def test_no_marked_entry_is_lost_and_no_other_passes():
+    prove(proofs.GateProof(), "gate_proof", depth=4)
+
+
+def test_committed_rows_leave_in_order_and_failed_pages_leave_none():
+    prove(proofs.RingProof(), "ring_proof", depth=11, induction=False)
+
+
+def test_pages_reach_their_kernel_whole_and_in_order():
+    prove(proofs.OrderProof(), "order_proof", depth=10, induction=False)
+
+
+def test_the_gate_proof_notices_a_wrong_entry(monkeypatch):
+    right = gate.entry_of
+    monkeypatch.setattr(
+        gate, "entry_of", lambda kind, wide, m_log2, beat: right(kind, wide, m_log2, beat) ^ wide
+    )
+    with pytest.raises(ProofFailed):
+        prove(proofs.GateProof(), "gate_proof", depth=4)
+
+
+def test_writes_within_the_grace_never_overrun_the_ring():
+    prove(proofs.RingRoomProof(), "ring_room_proof", depth=14)
+
+
+def test_the_room_proof_notices_a_missing_margin(monkeypatch):
+    monkeypatch.setattr(ring, "MARGIN", 1)
+    with pytest.raises(ProofFailed):
+        prove(proofs.RingRoomProof(), "ring_room_proof", depth=24)

@@ -71,14 +71,17 @@ class Decoder(ABC):
     # --- the decoder ----------------------------------------------------------------------------------
     def forward(self, tokens: Tensor | Sequence[int], cache: Any, last_only: bool = False) -> Tensor:
         """Logits [T, V] (or [1, V]) of one sequence's next tokens, in this level's own number format."""
+        hidden = self.hidden(tokens, cache)
+        return self.logits(hidden[-1:] if last_only else hidden)
+
+    def hidden(self, tokens: Tensor | Sequence[int], cache: Any) -> Tensor:
+        """Vectors [T, hidden] after the last layer of one sequence's next tokens."""
         ids = self._check_tokens(tokens, cache)
-        rows = []
-        for start in range(0, len(ids), CHUNK_TOKENS):
-            hidden = self._layers([(ids[start : start + CHUNK_TOKENS], cache)])
-            last = start + CHUNK_TOKENS >= len(ids)
-            if not last_only or last:
-                rows.append(self._head(hidden[-1:] if last_only else hidden))
-        return torch.cat(rows)
+        return torch.cat([self._layers([(part, cache)]) for part in ids.split(CHUNK_TOKENS)])
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [T, V] of vectors after the last layer, in this level's own number format."""
+        return self._head(hidden)
 
     def forward_batch(self, batch: Sequence[tuple[Tensor | Sequence[int], Any]]) -> list[Tensor]:
         """Logits of the last token [V] of each sequence of a batch, computed together."""

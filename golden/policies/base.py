@@ -56,9 +56,13 @@ class Selected:
 
 
 class KVPolicy(ABC):
-    """Prefill and decode share `select` and `attend`; `kept` says what storage must hold afterwards."""
+    """What a prompt's tokens attend to (`prefill`), what a step selects and attends to, what storage must keep."""
 
     costs: PolicyCosts
+
+    def prefill(self) -> KVPolicy:
+        """The policy of the prompt's own tokens; itself unless it says otherwise."""
+        return self
 
     @abstractmethod
     def select(self, heads: Heads) -> Selected:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from golden.policies.base import Heads, KVPolicy, Selected
+from golden.policies.base import Dense, Heads, KVPolicy, Selected
 from golden.spec.policies import SparfCosts, SparqCosts
 
 
@@ -32,21 +32,22 @@ class Sparq(KVPolicy):
     costs: SparqCosts
 
     def __init__(
-        self, head_size: int, group: int = 1, r: int = 16, k: int = 0, ratio: float = 0.125, local: int = 32
+        self, head_size: int, group: int = 1, r: int = 16, k: int = 0, ratio: float = 0.125, local: int = 0
     ) -> None:
         self.costs = SparqCosts(head_size, group, r=r, tokens=k, ratio=ratio, local=local)
+
+    def prefill(self) -> KVPolicy:
+        """A prompt is computed densely; selection starts with the first decode step."""
+        return Dense(self.costs.head_size, self.costs.group)
 
     def select(self, heads: Heads) -> Selected:
         """Channels, then tokens; `weights` is alpha [Hkv, G, T]."""
         channels = largest(heads.q.abs().sum(1), self.costs.r)
         approximate = self._approximate(heads, channels)
         s = heads.positions + 1
-        k = torch.tensor([self.costs.k(int(n)) for n in s])
+        k, window = (torch.tensor([f(n) for n in s.tolist()]) for f in (self.costs.k, self.costs.window))
         tokens = torch.arange(heads.k.shape[1])
-        local = (
-            tokens[None, :]
-            > heads.positions[:, None] - torch.minimum(torch.tensor(self.costs.local), k)[:, None]
-        )
+        local = tokens[None, :] > (heads.positions - window)[:, None]
         keys = approximate.sum(1).masked_fill(local, torch.inf).masked_fill(~heads.causal, -torch.inf)
         chosen = largest(keys, k[:, None])
         alpha = (approximate * chosen[:, None]).sum(-1)
@@ -85,7 +86,7 @@ class Sparf(Sparq):
         r: int = 16,
         k: int = 0,
         ratio: float = 0.125,
-        local: int = 32,
+        local: int = 0,
         m: int = 4,
     ) -> None:
         self.costs = SparfCosts(head_size, group, r=r, tokens=k, ratio=ratio, local=local, m=m)

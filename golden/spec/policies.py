@@ -191,13 +191,13 @@ class SparqCosts(PolicyCosts):
     """r channels of all K rank the tokens, k tokens are attended, the rest is v-bar (SparQ, ICML 2024).
 
     k = `tokens` if given, else ceil(S * ratio), at least the local window, at most S. `local`: recent tokens that are
-    always among the k, the current one included.
+    always among the k, the current one included; 0 takes a quarter of k, at least the current token (SparQ's choice).
     """
 
     r: int = 16
     tokens: int = 0
     ratio: float = 0.125
-    local: int = 32
+    local: int = 0
 
     def __post_init__(self) -> None:
         """Refuse parameters that contradict."""
@@ -207,19 +207,24 @@ class SparqCosts(PolicyCosts):
             raise KVStrataError(
                 f"k must be positive and its ratio in (0, 1], got {self.tokens} and {self.ratio}."
             )
-        if self.local < 1:
-            raise KVStrataError(f"the local window must be at least 1 token, got {self.local}.")
+        if self.local < 0:
+            raise KVStrataError(f"the local window must not be negative, got {self.local}.")
         if self.tokens and self.local > self.tokens:
             raise KVStrataError(f"the local window must fit in k = {self.tokens} tokens, got {self.local}.")
 
     @property
     def name(self) -> str:
         """Name."""
-        return f"sparq-r{self.r}-k{self.tokens or f'{self.ratio:g}S'}-w{self.local}"
+        return f"sparq-r{self.r}-k{self.tokens or f'{self.ratio:g}S'}-w{self.local or 'k/4'}"
 
     def k(self, context: int) -> int:
         """Tokens attended at this context."""
         return min(context, self.tokens or max(self.local, ceil(context * self.ratio)))
+
+    def window(self, context: int) -> int:
+        """Recent tokens that are among the k whatever their scores."""
+        k = self.k(context)
+        return min(k, self.local or max(1, k // 4))
 
     @property
     def append_bytes(self) -> int:
@@ -245,7 +250,7 @@ class SparqCosts(PolicyCosts):
 
     def dense_limit(self, context: int) -> PolicyCosts:
         """k of the whole context."""
-        return replace(self, tokens=0, ratio=1.0, local=1)
+        return replace(self, tokens=0, ratio=1.0)
 
     def _entries(self, context: int, channels: int, tokens: int) -> StepCost:
         vector = self.representation.vector(self.head_size)
@@ -279,7 +284,7 @@ class SparfCosts(SparqCosts):
     @property
     def name(self) -> str:
         """Name."""
-        return f"sparf-r{self.r}-k{self.tokens or f'{self.ratio:g}S'}-w{self.local}-m{self.m}"
+        return f"sparf-r{self.r}-k{self.tokens or f'{self.ratio:g}S'}-w{self.local or 'k/4'}-m{self.m}"
 
     @property
     def page_tokens(self) -> int:

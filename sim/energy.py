@@ -12,6 +12,7 @@ from sim.describe.machine import Machine
 
 ENERGY_UNCERTAINTY = 0.25
 YEARS_IN_SERVICE = 3.0
+"""With the price of electricity: SIM-COST."""
 ELECTRICITY_USD_PER_KWH = 0.12
 HOURS_PER_YEAR = 8760
 SERVERS_OF = {"gpu": ("gpu",), "fpga": ("engine", "hbm"), "ssd": ("ssd read", "ssd write")}

@@ -166,3 +166,8 @@ def spans(phase: str, run: Run) -> list[Span]:
             common = {"phase": phase, "resource": resource, "name": task.name, "category": task.category}
             found.append(Span(**common, layer=task.layer, start_s=start, end_s=end))
     return found
+
+
+def decode_step_s(scheme: Scheme, context: int, fidelity: str = "flow") -> float:
+    """Seconds of one decode step of the whole batch at `context` cached tokens."""
+    return simulate_phase(scheme, partial(_decode_at, scheme, context), fidelity).seconds

@@ -22,6 +22,9 @@ def command(
     set_: Annotated[list[str] | None, typer.Option("--set", help="device.field=value")] = None,
     trace: Annotated[Path | None, typer.Option(help="write a Perfetto timeline here")] = None,
     sources: Annotated[bool, typer.Option(help="print every value used with its source")] = False,
+    sensitivity: Annotated[
+        Path | None, typer.Option(help="write the table of sensitivities here and stop")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the full results as JSON")] = False,
 ) -> None:
     """Simulate schemes on a machine: throughput, bottleneck, breakdown, energy, and the limit behind each bandwidth."""
@@ -35,6 +38,12 @@ def command(
     from sim.timeline import perfetto
     from sw_stack.cli.output import note, show_json, show_rows
 
+    if sensitivity:
+        from hw.flow.cache import write_atomically
+        from sim.sensitivity import markdown
+
+        write_atomically(sensitivity, markdown())
+        return
     fields = {"batch": batch, "input_tokens": input_tokens, "output_tokens": output_tokens}
     workload = build(Workload, fields, "workload")
     results = []

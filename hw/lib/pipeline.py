@@ -26,11 +26,11 @@ class Pipe:
             value = register
         return value
 
-    def tree(self, items: list, combine: Callable, name: str):
-        """`items` reduced by the associative `combine`, `TREE_FAN_IN` per cycle: `tree_cycles(len(items))` in all."""
+    def tree(self, items: list, combine: Callable, name: str, fan_in: int = TREE_FAN_IN):
+        """`items` reduced by the associative `combine`, `fan_in` per cycle: `tree_cycles(len(items), fan_in)` cycles."""
         level = 0
         while len(items) > 1:
-            groups = [items[at : at + TREE_FAN_IN] for at in range(0, len(items), TREE_FAN_IN)]
+            groups = [items[at : at + fan_in] for at in range(0, len(items), fan_in)]
             items = [
                 self.reg(fold(group, combine), f"{name}_{level}_{index}")
                 for index, group in enumerate(groups)
@@ -47,9 +47,9 @@ def fold(items: list, combine: Callable):
     return items[0]
 
 
-def tree_cycles(count: int) -> int:
+def tree_cycles(count: int, fan_in: int = TREE_FAN_IN) -> int:
     """Cycles of `Pipe.tree` over `count` items."""
     cycles = 0
     while count > 1:
-        count, cycles = -(-count // TREE_FAN_IN), cycles + 1
+        count, cycles = -(-count // fan_in), cycles + 1
     return cycles

@@ -83,7 +83,7 @@ class Fp16Rounder(wiring.Component):
     BITS = 44
     LIFT = 8
     """A minimum has 16 fraction bits, a subnormal 24."""
-    latency = 5
+    latency = 6
 
     def __init__(self):
         super().__init__(
@@ -100,11 +100,11 @@ class Fp16Rounder(wiring.Component):
         m = Module()
         pipe = Pipe(m)
         wide = self.BITS + self.LIFT
-        floor = pipe.reg(self.floor_shift, "floor")
-        normal = pipe.reg(arith.bit_length(self.x), "length") - 11
+        x, floor = pipe.reg(self.x, "x"), pipe.reg(self.floor_shift, "floor", 2)
+        normal = pipe.reg(arith.bit_length(x), "length") - 11
         cut = pipe.reg((Mux(normal > floor, normal, floor) + self.LIFT)[:6], "cut")
         above = pipe.reg((Mux(normal > floor, normal - floor, 0))[:6], "above", 3)
-        shifted = Cat(Const(0, wide + self.LIFT), pipe.reg(self.x, "x", 2)) >> cut
+        shifted = Cat(Const(0, wide + self.LIFT), pipe.reg(x, "x_late", 2)) >> cut
         kept = pipe.reg(shifted[: wide + 12], "kept")
         integer, fraction = kept[wide:], kept[:wide]
         up = pipe.reg(fraction[-1] & (fraction[:-1].any() | integer[0]), "up")

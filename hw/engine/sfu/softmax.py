@@ -159,7 +159,7 @@ class SoftmaxUnit(wiring.Component):
     def tile_latency_of(lanes: int) -> int:
         """From the transfer of a tile's last word to the cycle of its `act` write, when words arrive back to back."""
         top = tree_cycles(lanes) + 3  # ... to the tile's maximum at the head of its queue
-        sums = 1 + Exp2.latency + 2 + 2 + tree_cycles(lanes) + 2  # ... to its sums at the head of theirs
+        sums = 1 + Exp2.latency + 2 + 2 + tree_cycles(lanes, 2) + 2  # ... to its sums at the head of theirs
         return top + sums + 2 * (TILE // lanes - 1) + 4
 
     @staticmethod
@@ -249,15 +249,19 @@ class SoftmaxUnit(wiring.Component):
             n_m, n_e, n_sign = fp16_parts(pipe.reg(word.minimum[k], f"minimum_{k}", to_p))
             w, e = pipe.reg(p * s_m, f"w_{k}", 2), pipe.reg(s_e, f"e_{k}", 2)
             m.d.comb += [products.p[k].w.eq(w), products.p[k].e.eq(e)]
-            lengths.append(pipe.reg(Mux(w.any(), arith.bit_length(w) + e, 0)[:W_LENGTH], f"length_{k}", 2))
+            length = pipe.reg(arith.bit_length(w), f"w_length_{k}")
+            with_exponent = Mux(length.any(), length + pipe.reg(e, f"e_late_{k}"), 0)[:W_LENGTH]
+            lengths.append(pipe.reg(with_exponent, f"length_{k}"))
             minima.append(_shifted_minimum(pipe, k, pipe.reg(p * n_m, f"n_{k}", 2), n_e, n_sign))
-        valid = _valid(m, step, to_w + 2 + cycles, "p")
+        # Comparing takes more gates than adding: two lengths per cycle, and the sums wait.
+        at = to_w + 2 + tree_cycles(lanes, 2)
+        wait = tree_cycles(lanes, 2) - cycles
+        valid = _valid(m, step, at, "p")
         m.d.comb += products.valid.eq(valid[to_w])
 
-        total = pipe.reg(pipe.tree(ps, lambda x, y: x + y, "sum"), "sum_late", 4)
-        length = pipe.tree(lengths, lambda x, y: Mux(x > y, x, y), "longest")
-        minimum = pipe.tree(minima, lambda x, y: x + y, "minima")
-        at = to_w + 2 + cycles
+        total = pipe.reg(pipe.tree(ps, lambda x, y: x + y, "sum"), "sum_late", 4 + wait)
+        length = pipe.tree(lengths, lambda x, y: Mux(x > y, x, y), "longest", 2)
+        minimum = pipe.reg(pipe.tree(minima, lambda x, y: x + y, "minima"), "minimum_late", wait)
         place, decay = pipe.reg(word.place, "place", at), pipe.reg(top.decay, "decay", at)
         fresh = Signal(init=1)
         held = Signal(_TileSum)

@@ -42,14 +42,14 @@ class Layers:
             raise KVStrataError(
                 f"a pass has 1 to {min(self.map.engine.tokens, CHUNK_TOKENS)} tokens; got {self.tokens}"
             )
-        emitter = _Emitter(self.map, self.norms, self.tokens)
+        emitter = Emitter(self.map, self.norms, self.tokens)
         emitter.read_inputs()
         for layer in layers if layers is not None else range(model.layers):
             emitter.layer(layer)
         return emitter.builder.finish()
 
 
-class _Emitter:
+class Emitter:
     """Shared state of one program: map, places, builder."""
 
     def __init__(self, memory_map: MemoryMap, norms: Exponents, tokens: int) -> None:
@@ -65,13 +65,28 @@ class _Emitter:
     # --- once per pass
     def read_inputs(self) -> None:
         """Embedding rows, RoPE rows and zeros from auxiliary memory."""
-        inputs, rope, zeros = (self.map.regions[n] for n in ("input", "rope", "zeros"))
-        self._read("embedding", inputs, self.at.x, self.model.hidden)
-        self._read("rope rows", rope, self.at.rope, self.model.head_size, addr_reg=R.ROPE_BYTES)
+        inputs, zeros = (self.map.regions[n] for n in ("input", "zeros"))
+        self.read("embedding", inputs, self.at.x, self.model.hidden)
+        self.read_rope()
         if self._copies_values:
-            self._read("zeros", zeros, self.at.zeros, self.model.group * self.model.head_size)
+            self.read("zeros", zeros, self.at.zeros, self.model.group * self.model.head_size)
 
-    def _read(self, note: str, region: Region, block: Block, width: int, addr_reg: int = 0) -> None:
+    def read_rope(self) -> None:
+        """RoPE rows of the pass's positions."""
+        rope, width = self.map.regions["rope"], self.model.head_size
+        self.read("rope rows", rope, self.at.rope, width, addr_reg=R.ROPE_BYTES)
+
+    def write_qkv(self, layer: int) -> None:
+        """q, k and v of every token to memory, for attention elsewhere."""
+        region, qkv = self.map.regions["qkv"], self.at.qkv
+        width = (self.model.heads + 2 * self.model.kv_heads) * self.model.head_size
+        self.builder.emit(
+            Op.WRITE, f"layer {layer} q, k and v", [qkv.span()], [Span("qkv", 0, self.tokens)],
+            addr=region.base, count=width // self.lanes, vectors=self.tokens, stride=region.stride,
+            dst=qkv.base, dst_stride=qkv.words,
+        )  # fmt: skip
+
+    def read(self, note: str, region: Region, block: Block, width: int, addr_reg: int = 0) -> None:
         """One vector of `width` elements per vector of the block."""
         self.builder.emit(
             Op.READ, note, writes=[block.span()],
@@ -82,15 +97,23 @@ class _Emitter:
     # --- a layer
     def layer(self, layer: int) -> None:
         """One decoder layer on the residual stream."""
+        self.before_attention(layer)
+        self._append(layer)
+        for first in range(0, self.tokens, self.attention_tokens):
+            self._attention(layer, first, min(self.attention_tokens, self.tokens - first))
+        self.after_attention(layer)
+
+    def before_attention(self, layer: int) -> None:
+        """Norm, q, k and v, and their rotation."""
         name = f"layer {layer}"
         self._norm(layer * 2, f"{name} attention norm")
         self._quantise(self.at.normed, self.model.hidden, f"{name} qkv input", fresh=1)
         self._product(self.map.matrices[f"layers.{layer}.qkv"], self.at.qkv, f"{name} qkv")
         self._rope(name)
-        self._append(layer)
-        for first in range(0, self.tokens, self.attention_tokens):
-            count = min(self.attention_tokens, self.tokens - first)
-            self._attention(layer, first, count)
+
+    def after_attention(self, layer: int) -> None:
+        """Output projection and feed-forward network, from `mixed` on."""
+        name = f"layer {layer}"
         self._quantise(self.at.mixed, self.model.heads * self.model.head_size, f"{name} o input")
         self._product(self.map.matrices[f"layers.{layer}.o"], self.at.x, f"{name} o", accumulate=1)
         self._norm(layer * 2 + 1, f"{name} ffn norm")
@@ -414,6 +437,29 @@ class Programs:
     def size_bytes(self) -> int:
         """Instruction bytes in all."""
         return sum(p.size_bytes for p in self.programs.values())
+
+
+def compile_split(memory_map: MemoryMap, norms: Exponents, tokens: int = 1) -> Programs:
+    """Programs for attention elsewhere: `split{i}` ends layer i - 1 (from `mixed` in memory) and begins layer i
+    (leaving q, k and v, rotated, in memory); the residual stream stays on chip between them. And the head."""
+    streams: dict[str, tuple[int, list[Instruction]]] = {}
+    for i in range(memory_map.model.layers + 1):
+        emitter = Emitter(memory_map, norms, tokens)
+        if i:
+            mixed = memory_map.regions["mixed"]
+            width = memory_map.model.heads * memory_map.model.head_size
+            emitter.read(f"layer {i - 1} attention output", mixed, emitter.at.mixed, width)
+            emitter.after_attention(i - 1)
+        else:
+            emitter.read_inputs()
+        if i < memory_map.model.layers:
+            if i:
+                emitter.read_rope()
+            emitter.before_attention(i)
+            emitter.write_qkv(i)
+        streams[f"split{i}"] = (tokens, emitter.builder.finish())
+    streams["head"] = (0, head_program(memory_map, norms, tokens))
+    return _placed(memory_map, streams, tokens)
 
 
 def compile_model(memory_map: MemoryMap, norms: Exponents, chunk: int | None = None) -> Programs:

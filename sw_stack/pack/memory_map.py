@@ -190,6 +190,8 @@ class MemoryMap:
             ("rope", 4 * m.head_size, self.slots),
             ("value_scales", 4 * self.slots, m.layers * m.kv_heads),
             ("input", 4 * m.hidden, CHUNK_TOKENS),
+            ("qkv", 4 * (m.heads + 2 * m.kv_heads) * m.head_size, CHUNK_TOKENS),
+            ("mixed", 4 * m.heads * m.head_size, CHUNK_TOKENS),
             ("logits", 4 * m.vocab, 1),
         )
         found: dict[str, Region] = {}

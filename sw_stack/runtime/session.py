@@ -18,6 +18,7 @@ from golden.spec import KVStrataError
 from sw_stack.compile.decoder import Programs
 from sw_stack.compile.program import step_registers
 from sw_stack.device.protocol import EngineDevice, RunResult
+from sw_stack.runtime.placement import Placement
 
 
 @dataclass
@@ -61,12 +62,17 @@ class Session:
         return chunk if chunk > 1 and left >= chunk and self.length % chunk == 0 else 1
 
     def _run_pass(self, ids: list[int]) -> None:
-        memory_map = self.programs.map
-        inputs = memory_map.regions["input"]
-        for row, x in enumerate(self.embed(ids)):
-            self.device.write_aux(inputs.at(row), x.numpy().astype("<i4").view(np.uint8))
-        self._run("decode" if len(ids) == 1 else "prefill", len(ids))
+        self._write_rows("input", self.embed(ids))
+        self._layers(len(ids))
         self.length += len(ids)
+
+    def _layers(self, tokens: int) -> None:
+        self._run("decode" if tokens == 1 else "prefill", tokens)
+
+    def _write_rows(self, region: str, rows: torch.Tensor) -> None:
+        place = self.programs.map.regions[region]
+        for index, row in enumerate(rows):
+            self.device.write_aux(place.at(index), row.numpy().astype("<i4").view(np.uint8))
 
     def _run(self, name: str, tokens: int) -> None:
         start = self.length if name != "head" else self.length - tokens
@@ -90,7 +96,31 @@ class Session:
         rows = [self.device.read_vb(t * words, model.hidden) for t in range(tokens)]
         return torch.from_numpy(np.stack(rows)).long()
 
+    def _rows(self, region: str, count: int, width: int) -> torch.Tensor:
+        """Q16 int64 [count, width] of an auxiliary region."""
+        place = self.programs.map.regions[region]
+        rows = [self.device.read_aux(place.at(t), 4 * width).view("<i4") for t in range(count)]
+        return torch.from_numpy(np.stack(rows).astype(np.int64))
+
     @property
     def cycles(self) -> int:
         """Cycles of all runs."""
         return sum(result.cycles for _, result in self.runs)
+
+
+@dataclass
+class SplitSession(Session):
+    """A sequence whose attention happens elsewhere: `programs` from `compile_split`, one token per pass."""
+
+    placement: Placement | None = None
+
+    def _layers(self, tokens: int) -> None:
+        assert self.placement is not None
+        model = self.programs.map.model
+        heads = (model.heads, model.kv_heads, model.kv_heads)
+        for layer in range(model.layers):
+            self._run(f"split{layer}", tokens)
+            qkv = self._rows("qkv", tokens, sum(heads) * model.head_size)
+            q, k, v = qkv.view(tokens, -1, model.head_size).split(heads, 1)
+            self._write_rows("mixed", self.placement.attend(layer, self.length, q, k, v))
+        self._run(f"split{model.layers}", tokens)

@@ -1,0 +1,125 @@
+"""Attention in storage, and split between engine and drive: equal to its golden form bit for bit."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from golden.attention import Partial, finish
+from golden.exact_decoder import ExactDecoder
+from golden.ops import to_q16
+from golden.spec import KVStrataError
+from golden.spec.engine import SMALL
+from golden.storage.attention import dense
+from sw_stack.compile.decoder import compile_split
+from sw_stack.device.golden import GoldenDevice
+from sw_stack.drive.driver import Driver, open_drive
+from sw_stack.drive.errors import DriveFull
+from sw_stack.drive.flash import Geometry
+from sw_stack.drive.shape import TaskShape
+from sw_stack.runtime.placement import (
+    HybridDecoder,
+    InStorage,
+    Placement,
+    Sparsity,
+    Split,
+    StorageDecoder,
+    WindowAndStorage,
+    engine_partial,
+    half,
+    merge,
+)
+from sw_stack.runtime.session import SplitSession
+from tests.sw_stack.machines import SHAPE, Machine, MakeMachine
+
+MODEL = dataclasses.replace(SHAPE, heads=2, kv_heads=1, head_size=64)
+
+
+def drive(machine: Machine, geometry: Geometry | None = None) -> Driver:
+    driver, _ = open_drive(geometry or Geometry(4, 2, 16, 32))
+    c = machine.checkpoint.config
+    driver.config(0, TaskShape(c.layers, c.heads, c.kv_heads, c.head_size, 8, 512), 2)
+    return driver
+
+
+def split_session(machine: Machine, placement: Placement) -> SplitSession:
+    programs = compile_split(machine.image.map, machine.image.norm_exponents)
+    device = GoldenDevice(machine.image, seed=1)
+    return SplitSession(device, programs, machine.golden.matrices["embed"].weight, placement=placement)
+
+
+def prompt(n: int) -> list[int]:
+    return np.random.default_rng(n).integers(0, MODEL.vocab, n).tolist()
+
+
+@pytest.mark.parametrize("sparsity", [None, Sparsity(r=16, ratio=4, window=4)])
+def test_attention_in_storage_equals_its_golden_form(machine: MakeMachine, sparsity: Sparsity | None) -> None:
+    made = machine(MODEL, SMALL, context=128)
+    session = split_session(made, InStorage(drive(made), sparsity))
+    golden = StorageDecoder(made.checkpoint, "w4", sparsity)
+    cache = golden.new_cache()
+    for ids in (prompt(40), [3], [77]):
+        assert torch.equal(session.forward(ids), golden.forward(ids, cache, last_only=True)[0])
+
+
+def test_the_split_equals_its_golden_form_and_both_halves_matter(machine: MakeMachine) -> None:
+    made = machine(MODEL, SMALL, context=128)
+    split = Split(sinks=2, window=16)
+    placement = WindowAndStorage(drive(made), split)
+    session = split_session(made, placement)
+    golden = HybridDecoder(made.checkpoint, split)
+    cache = golden.new_cache()
+    ids = prompt(50)
+    logits = session.forward(ids)
+    assert torch.equal(logits, golden.forward(ids, cache, last_only=True)[0])
+    assert placement.driver.held(0, 0, 1) == 50 - 18
+    window_alone = HybridDecoder(made.checkpoint, split)
+    window_alone.split = dataclasses.replace(split, window=10)
+    assert not torch.equal(window_alone.forward(ids, window_alone.new_cache(), last_only=True)[0], logits)
+
+
+def test_a_window_that_holds_everything_is_the_engine(machine: MakeMachine) -> None:
+    """Dense limit: nothing leaves the window, so the bits are those of dense attention on the engine."""
+    made = machine(MODEL, SMALL, context=128)
+    ids = prompt(30)
+    split = HybridDecoder(made.checkpoint, Split(sinks=2, window=64))
+    dense_engine = ExactDecoder(made.checkpoint, "w4", "kv4")
+    expected = dense_engine.forward(ids, dense_engine.new_cache(), last_only=True)
+    assert torch.equal(split.forward(ids, split.new_cache(), last_only=True), expected)
+
+
+def test_merging_is_log_sum_exp() -> None:
+    """Against float64 attention over the union, within what binary16 and 4-bit caches allow on each half."""
+    rng = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(n, 2, 64, generator=rng, dtype=torch.float64) for n in (1, 80, 80))
+    x = [to_q16(t) for t in (q[0], k, v)]
+    near = torch.arange(60, 80)
+    engine = engine_partial(x[0], x[1][near], x[2][near], 8)
+    for h in range(2):
+        old_k, old_v = half(x[1][:60, h]), half(x[2][:60, h])
+        z = (k[:, h] @ q[0, h]) / 8
+        truth = torch.softmax(z, 0) @ v[:, h]
+        scores = torch.tensor(old_k.astype(float)) @ torch.tensor(half(x[0][h]).astype(float)) / 8 / np.log(2)
+        top = int(torch.ceil(scores.max()))
+        total = (torch.exp2(scores - top).sum() * 2.0**40).long()
+        output = to_q16(dense(half(x[0][h])[None], old_k, old_v)[0].astype(float))
+        mine = Partial(engine.m[h, 0], engine.l[h, 0], engine.o[h, 0])
+        merged = merge(mine, output, torch.tensor(top), total).double() / 65536
+        assert (merged - truth).abs().max() < 0.01
+        nothing = merge(mine, output, torch.tensor(0), torch.tensor(0))
+        assert torch.equal(nothing, finish(mine))
+
+
+def test_a_drive_that_fills_up_ends_the_sequence_with_one_sentence(machine: MakeMachine) -> None:
+    made = machine(MODEL, SMALL, context=128)
+    session = split_session(made, InStorage(drive(made, Geometry(1, 1, 2, 4))))
+    with pytest.raises(DriveFull, match="the drive has no erased block left"):
+        session.forward(prompt(120))
+
+
+def test_a_split_without_a_window_is_refused() -> None:
+    with pytest.raises(KVStrataError, match="a split has sinks >= 0 and a window >= 1; got 4 and 0"):
+        Split(4, 0)

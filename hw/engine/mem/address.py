@@ -80,6 +80,13 @@ class AddressGenerator(wiring.Component):
         self._left = Signal(BEATS_BITS)
         self._stage = Signal(burst_layout(addr_bits, max_burst))
         self._staged = Signal()
+        self._step = Signal()
+        self._checked = Signal()
+        # One bit more than an address: it is set for whatever runs off either end of the address space.
+        word_bits = addr_bits - self._offset_bits + 1
+        self._cursor = Signal(word_bits)
+        self._starts = Signal(data.ArrayLayout(word_bits, levels))
+        self._turns = Signal(data.ArrayLayout(COUNT_BITS, levels))
         super().__init__(
             {
                 "i": In(stream.Signature(descriptor_layout(addr_bits, levels))),
@@ -100,14 +107,16 @@ class AddressGenerator(wiring.Component):
     def elaborate(self, platform):
         m = Module()
         low = self._offset_bits
-        # One bit more than an address: it is set for whatever runs off either end of the address space.
-        word_bits = self._addr_bits - low + 1
         halted = self.fault.code != MemoryFault.NONE
 
         job, active, left, stage, staged = self._job, self._active, self._left, self._stage, self._staged
-        cursor = Signal(word_bits)
-        starts = Signal(data.ArrayLayout(word_bits, self._levels))
-        turns = Signal(data.ArrayLayout(COUNT_BITS, self._levels))
+        cursor, starts, turns, step, checked = (
+            self._cursor,
+            self._starts,
+            self._turns,
+            self._step,
+            self._checked,
+        )
         wrapped = Signal()
 
         # Stage 1: cut the current row into bursts, and step the loops at its end.
@@ -116,8 +125,6 @@ class AddressGenerator(wiring.Component):
         taken = Signal(range(self._max_burst + 1))
         m.d.comb += taken.eq(Mux(row_ends, left, room))
         ends = [turns[n] == 1 for n in range(self._levels)]
-        checked = Signal()
-        step = Signal()
         m.d.comb += step.eq(active & (~staged | checked))
         with m.If(step):
             m.d.sync += [

@@ -14,7 +14,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <array>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -100,8 +99,8 @@ struct Stats {
 };
 
 // One pseudo-channel with a controller that serves the oldest access first and lets younger ones (up to `lookahead`
-// of them) use the command and data slots that older ones leave free, as a first-ready scheduler does; answers
-// still go to the user in order. All-bank refresh every tREFI, phase by channel number.
+// of them) use the command and data slots that older ones leave free, as a first-ready scheduler does; they retire
+// and answer in order. All-bank refresh every tREFI, phase by channel number.
 class Channel {
 public:
     Channel(const Config& config, uint32_t number)
@@ -186,12 +185,11 @@ private:
         return start;
     }
     bool crowded(int64_t time) const {
-        std::array<int64_t, kRecent + 1> times;
-        size_t count = 0;
-        for (const Activate& other : activates_) times[count++] = other.time;
-        times[count++] = time;
-        std::sort(times.begin(), times.begin() + count);
-        for (size_t n = 0; n + 4 < count; n++)
+        std::vector<int64_t> times{time};
+        for (const Activate& other : activates_)
+            if (std::abs(other.time - time) < faw_) times.push_back(other.time);
+        std::sort(times.begin(), times.end());
+        for (size_t n = 0; n + 4 < times.size(); n++)
             if (times[n] <= time && time <= times[n + 4] && times[n + 4] - times[n] < faw_) return true;
         return false;
     }
@@ -235,7 +233,7 @@ private:
     }
     void keep_gap(const Gap& gap) {
         if (gap.after - gap.before < 2 * ccd_s_) return;
-        if (gaps_.size() == kRecent) gaps_.erase(gaps_.begin());
+        if (gaps_.size() == window_.size()) gaps_.erase(gaps_.begin());
         gaps_.push_back(gap);
     }
 
@@ -271,25 +269,26 @@ private:
             bank.row = row;
             bank.activated = p.activate;
             bank.may_precharge = p.activate + ras_;
-            if (activates_.size() == kRecent) activates_.pop_front();
+            if (activates_.size() == window_.size() + 8) activates_.pop_front();
             activates_.push_back({p.activate, group});
         }
         take_column(p, group, write);
         int64_t data_end = p.column + (write ? cwl_ : cl_) + ccd_s_;
         bank.may_precharge = std::max(bank.may_precharge, write ? data_end + wr_ : p.column + rtp_);
-        slot = p.column;
+        slot = retired_ = std::max(retired_, p.column);
         stats.accesses++;
         return data_end;
     }
 
-    static constexpr size_t kRecent = 32;  // activates and idle slots remembered: more than tRC and a queue span
     int64_t ck_, groups_, per_group_, row_bytes_, access_bytes_, ccd_s_, ccd_l_, cl_, cwl_, rcd_, rp_, ras_, rrd_s_,
         rrd_l_, faw_, rtp_, wr_, wtr_s_, wtr_l_, refi_, rfc_, return_, khz_;
     std::vector<int64_t> window_;
     std::vector<Bank> banks_;
+    // The last `lookahead` activates and a window's worth before them: a younger access starts no earlier than the
+    // retirement of the one `lookahead` before it, so older ones cannot matter.
     std::deque<Activate> activates_;
     std::vector<Gap> gaps_;
-    int64_t last_column_ = kNever, last_group_ = -1, next_refresh_ = 0;
+    int64_t retired_ = kNever, last_column_ = kNever, last_group_ = -1, next_refresh_ = 0;
     bool last_was_write_ = false;
 };
 

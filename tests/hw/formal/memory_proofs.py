@@ -70,52 +70,96 @@ class RegionProof(Proof):
 
 
 class CoverageProof(Proof):
-    """Every beat of a descriptor once, in order: bursts are followed beat by beat with addresses computed from the
-    loops' indices, and `last` marks the end exactly. Small loops, every address and stride; stalls are left to the
-    proof of stability, since what is stable does not depend on when it is taken."""
+    """Every beat of a descriptor once and in order, for all time: any base, row length, strides and stalls; two
+    loops of up to two turns, so that a row's start is a choice of terms and no product. `last` marks the end exactly,
+    bursts are as long as the row and the alignment allow, and the pipeline behind the cut loses and doubles none."""
 
-    def __init__(self):
-        self.dut = generator()
+    def __init__(self, dut: AddressGenerator | None = None):
+        self.dut = dut or generator()
         job = len(Value.cast(self.dut.i.payload))
-        super().__init__({"job": job})
+        super().__init__({"valid": 1, "job": job, "ready": 1})
 
     def elaborate(self, platform):
         m = Module()
         m.submodules.dut = dut = self.dut
-        # Any descriptor, in the first cycle after a reset.
-        live, _ = past(m)
-        m.d.comb += [Value.cast(dut.i.payload).eq(self.job), dut.i.valid.eq(~live)]
-        m.d.comb += [dut.o.ready.eq(1), dut.region_limit.eq(1 << ADDR_BITS)]
+        producer(m, dut.i, self.valid, self.job)
+        m.d.comb += [dut.o.ready.eq(self.ready), dut.region_limit.eq(1 << ADDR_BITS)]
         want = dut.i.payload
-        m.d.comb += Assume((want.beats <= 6) & (want.counts[0] <= 2) & (want.counts[1] <= 2))
+        m.d.comb += Assume((want.counts[0] <= 2) & (want.counts[1] <= 2))
 
         job = Signal(want.shape())
-        open_ = Signal()
         turn = Signal(LEVELS)  # loop indices, 0 or 1
-        done = Signal(4)  # beats of this row so far
+        done = Signal(24)  # beats of this row so far
         with m.If(dut.i.valid & dut.i.ready):
-            m.d.sync += [job.eq(want), open_.eq(1), turn.eq(0), done.eq(0)]
-        row = (job.addr + Mux(turn[0], job.strides[0], 0) + Mux(turn[1], job.strides[1], 0))[:ADDR_BITS]
-        burst, taken = dut.o.payload, dut.o.valid & dut.o.ready
-        row_ends = done + burst.len + 1 == job.beats
+            m.d.sync += [job.eq(want), turn.eq(0), done.eq(0)]
+        word = self.rows(m, dut, job, turn, done)
+        burst = Signal(dut.o.payload.shape())
+        room = MAX_BURST - word % MAX_BURST
+        left = job.beats - done
         ends = [turn[n] + 1 == job.counts[n] for n in range(LEVELS)]
-        with m.If(dut.o.valid):
-            m.d.comb += [
-                Assert(open_),
-                Assert(burst.addr == (row + done * 64)[:ADDR_BITS]),
-                Assert(done + burst.len < job.beats),
-                Assert(burst.last == (row_ends & ends[0] & ends[1])),
-                # Bursts are as long as they may be: they stop at the row's end or at an aligned block.
-                Assert(row_ends | ((burst.addr[6:] + burst.len + 1) % MAX_BURST == 0)),
-            ]
-        with m.If(taken):
-            m.d.sync += done.eq(Mux(row_ends, 0, done + burst.len + 1))
+        row_ends = left <= room
+        m.d.comb += [
+            burst.addr.eq(word << 6),
+            burst.len.eq(Mux(row_ends, left, room) - 1),
+            burst.last.eq(row_ends & ends[0] & ends[1]),
+        ]
+        with m.If(dut._step):
+            m.d.sync += done.eq(Mux(row_ends, 0, done + room))
             with m.If(row_ends):
-                m.d.sync += turn[0].eq(Mux(ends[0], 0, 1))
+                m.d.sync += turn[0].eq(~ends[0])
                 with m.If(ends[0]):
-                    m.d.sync += turn[1].eq(1)
-            with m.If(burst.last):
-                m.d.sync += open_.eq(0)
+                    m.d.sync += turn[1].eq(~ends[1])
+        with m.If(dut._active):
+            m.d.comb += [
+                Assert(Value.cast(dut._job) == Value.cast(job)),
+                Assert(done < job.beats),
+                Assert(dut._left == left),
+                Assert(dut._cursor == word),
+                *(Assert(dut._turns[n] + turn[n] == job.counts[n]) for n in range(LEVELS)),
+                *(Assert((dut._turns[n] != 0) & (job.counts[n] <= 2)) for n in range(LEVELS)),
+            ]
+        live, (stepped, was_last) = past(m, dut._step, burst.last)
+        with m.If(live & stepped):
+            m.d.comb += Assert(dut._active == ~was_last)
+        m.d.comb += Assert(~dut._step | dut._active)
+        self.pipeline(m, dut, burst)
+        return m
+
+    def rows(self, m, dut, job, turn, done):
+        """Word address of the next beat, one bit beyond the space; the design keeps the same starts of rows."""
+        first = job.addr[6:]
+        strides = [job.strides[n].as_signed()[6:].as_signed() for n in range(LEVELS)]
+        outer = (first + Mux(turn[1], strides[1], 0))[:7]
+        row = (outer + Mux(turn[0], strides[0], 0))[:7]
+        with m.If(dut._active):
+            m.d.comb += [Assert(dut._starts[1] == outer), Assert(dut._starts[0] == row)]
+        word = Signal(7)
+        m.d.comb += word.eq(row + done)
+        return word
+
+    def pipeline(self, m, dut, burst):
+        """What was cut waits in the stage, then at the output, and leaves once."""
+        stage, output = Signal(burst.shape()), Signal(burst.shape())
+        pending = Signal(3)
+        m.d.sync += pending.eq(pending + dut._step - (dut.o.valid & dut.o.ready))
+        with m.If(dut._step):
+            m.d.sync += stage.eq(burst)
+        with m.If(dut._checked):
+            m.d.sync += output.eq(stage)
+        m.d.comb += Assert(pending == dut._staged + dut.o.valid)
+        with m.If(dut._staged):
+            m.d.comb += Assert(Value.cast(dut._stage) == Value.cast(stage))
+        with m.If(dut.o.valid):
+            m.d.comb += Assert(Value.cast(dut.o.payload) == Value.cast(output))
+
+
+class SkippingGenerator(AddressGenerator):
+    """A mutant: forgets a beat at the end of each burst."""
+
+    def elaborate(self, platform):
+        m = super().elaborate(platform)
+        with m.If(self._step):
+            m.d.sync += self._cursor.eq(self._cursor + 2)
         return m
 
 

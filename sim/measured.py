@@ -26,22 +26,23 @@ class CalibrationError(KVStrataError):
 
 @dataclass(frozen=True)
 class CycleFit:
-    """cycles = slope * bound_cycles + fixed_cycles, fitted on `points` measurements of `block`."""
+    """cycles = slope * x + fixed_cycles, x being "bound_cycles" or "bytes", fitted on `points` shapes of `block`."""
 
     block: str
     config: str
+    x: str
     slope: float
     fixed_cycles: float
     points: int
     worst_residual: float
 
-    def seconds(self, bound_s: float, commands: float, clock_mhz: float) -> float:
-        """Time of `commands` commands whose traffic takes `bound_s` at the block's full rate."""
-        return self.slope * bound_s + commands * self.fixed_cycles / (clock_mhz * 1e6)
+    def cycles(self, amount: float, commands: float) -> float:
+        """Cycles of `commands` commands that move `amount` (bytes or bound cycles) in all."""
+        return self.slope * amount + commands * self.fixed_cycles
 
     def provenance(self) -> dict[str, Any]:
         """Row for the list of assumptions and sources of a result."""
-        value = f"cycles = {self.slope:.4f} * bound + {self.fixed_cycles:.1f}"
+        value = f"cycles = {self.slope:.5g} * {self.x} + {self.fixed_cycles:.1f} per command"
         source = f"measured on RTL: {self.points} shapes, worst residual {100 * self.worst_residual:.2f}%"
         return {
             "device": f"rtl/{self.block}/{self.config}",
@@ -51,18 +52,21 @@ class CycleFit:
         }
 
 
-def fit(blocks: tuple[str, ...], directory: Path | None = None) -> CycleFit:
-    """The fit of the first of `blocks` that has been measured; raises CalibrationError where none has."""
-    return _fit(blocks, directory or CALIBRATION)
+def fit(blocks: tuple[str, ...], x: str = "bound_cycles", directory: Path | None = None) -> CycleFit:
+    """The fit of the first of `blocks` that has been measured, of its fastest configuration.
+
+    Raises CalibrationError where none of them has been measured, or a table is stale or malformed.
+    """
+    return _fit(blocks, x, directory or CALIBRATION)
 
 
 @lru_cache(maxsize=64)
-def _fit(blocks: tuple[str, ...], directory: Path) -> CycleFit:
+def _fit(blocks: tuple[str, ...], x: str, directory: Path) -> CycleFit:
     tables = [_table(path) for path in sorted(directory.glob("*.json"))]
     for block in blocks:
-        chosen = [t for t in tables if t["block"] == block]
+        chosen = [_least_squares(t, x) for t in tables if t["block"] == block]
         if chosen:
-            return _least_squares(chosen[0])
+            return min(chosen, key=lambda f: f.slope)
     raise CalibrationError(
         f"no measured cycles of {' or '.join(blocks)} under sim/calibration: "
         "run `make calibrate` to measure them on the RTL"
@@ -95,23 +99,24 @@ def _table(path: Path) -> dict[str, Any]:
     return table
 
 
-def _least_squares(table: dict[str, Any]) -> CycleFit:
+def _least_squares(table: dict[str, Any], x: str) -> CycleFit:
     """Weighted by 1/cycles, so that the residual is relative and short shapes count as much as long ones."""
-    points = sorted({(float(r["bound_cycles"]), float(r["cycles"])) for r in table["rows"]})
-    if len({x for x, _ in points}) < 2:
+    points = sorted({(float(r[x]), float(r["cycles"])) for r in table["rows"]})
+    if len({amount for amount, _ in points}) < 2:
         raise CalibrationError(
             f"a closed form of {table['block']} needs two measured shapes, got {len(points)}: run `make calibrate`"
         )
     s = sx = sxx = sy = sxy = 0.0
-    for x, y in points:
+    for amount, y in points:
         w = 1 / y**2
-        s, sx, sxx, sy, sxy = s + w, sx + w * x, sxx + w * x * x, sy + w * y, sxy + w * x * y
+        s, sx, sxx = s + w, sx + w * amount, sxx + w * amount * amount
+        sy, sxy = sy + w * y, sxy + w * amount * y
     slope = (s * sxy - sx * sy) / (s * sxx - sx * sx)
     fixed = (sy - slope * sx) / s
     # No block beats its bound or its own start: noise that says so is projected on the nearest legal form.
     if fixed < 0:
         slope, fixed = sxy / sxx, 0.0
-    if slope < 1:
+    if x == "bound_cycles" and slope < 1:
         slope, fixed = 1.0, (sy - sx) / s
-    worst = max(abs(slope * x + fixed - y) / y for x, y in points)
-    return CycleFit(table["block"], table["config"], slope, fixed, len(points), worst)
+    worst = max(abs(slope * amount + fixed - y) / y for amount, y in points)
+    return CycleFit(table["block"], table["config"], x, slope, fixed, len(points), worst)

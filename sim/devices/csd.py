@@ -50,19 +50,17 @@ class AttentionUnit(ABC):
 
 
 class RtlUnit(AttentionUnit):
-    """The unit in hw/storage: cycles = slope * (cycles of the channels at full rate) + fixed per head command."""
+    """The unit in hw/storage by its measured cycles per byte and per head command, whatever drive it is put in."""
 
     streams = True
 
     def __init__(self, csd: Csd) -> None:
         self._csd = csd
-        self._fit = measured.fit(UNIT_BLOCKS)
+        self._fit = measured.fit(UNIT_BLOCKS, "bytes")
 
     def seconds(self, reads: KvReads, drives: int) -> float:
-        rate = self._csd.channels * self._csd.channel_gb_per_s * 1e9
-        return self._fit.seconds(
-            reads.size_bytes / drives / rate, reads.commands / drives, self._csd.unit_mhz
-        )
+        cycles = self._fit.cycles(reads.size_bytes / drives, reads.commands / drives)
+        return cycles / (self._csd.unit_mhz * 1e6)
 
     def stream_limits(self) -> dict[str, float]:
         return {}

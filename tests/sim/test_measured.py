@@ -13,7 +13,17 @@ def test_the_fit_recovers_slope_and_fixed_cycles(calibration):
     assert found.slope == pytest.approx(1.02)
     assert found.fixed_cycles == pytest.approx(200.0)
     assert found.worst_residual < 1e-9
-    assert found.seconds(1e-3, 285, 285.0) == pytest.approx(1.02e-3 + 200e-6)
+    assert found.cycles(1000, 3) == pytest.approx(1020 + 600)
+    per_byte = fit(("attention_head",), "bytes")
+    assert per_byte.slope == pytest.approx(1.02 / 39)
+    assert per_byte.fixed_cycles == pytest.approx(200.0)
+
+
+def test_the_fastest_configuration_of_a_block_is_used(calibration, cycle_table):
+    (calibration / "better.json").write_text(
+        json.dumps({**cycle_table("mv_core", 1.005, 70.0), "config": "better"})
+    )
+    assert fit(("mv_core",)).config == "better"
 
 
 def test_a_fit_never_beats_its_bound(calibration, cycle_table):

@@ -27,7 +27,7 @@ class Pipe:
         return value
 
     def tree(self, items: list, combine: Callable, name: str, fan_in: int = TREE_FAN_IN):
-        """`items` reduced by the associative `combine`, `fan_in` per cycle: `tree_cycles(len(items), fan_in)` cycles."""
+        """`items` reduced by the associative `combine`, `fan_in` per cycle, in `tree_cycles(len(items), fan_in)`."""
         level = 0
         while len(items) > 1:
             groups = [items[at : at + fan_in] for at in range(0, len(items), fan_in)]

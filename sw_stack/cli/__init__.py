@@ -11,6 +11,7 @@ import typer
 from golden.spec import KVStrataError
 
 VERBS = (
+    "accuracy",
     "bench",
     "calibrate",
     "docs",

@@ -1,0 +1,155 @@
+"""`kvstrata accuracy`: quality of formats and policies on the real model, beside the bytes they read."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from golden.accuracy import Row
+
+
+def command(
+    match: Annotated[
+        list[str] | None, typer.Argument(help="only rows whose name holds one of these texts")
+    ] = None,
+    context: Annotated[list[int] | None, typer.Option(help="only these context lengths")] = None,
+    long: Annotated[bool, typer.Option(help="contexts beyond 1,024 tokens too")] = True,
+    model: Annotated[
+        Path | None, typer.Option(help="GGUF file or checkpoint folder; SmolLM2 if none")
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="rows measured side by side (1.5 GB each)")] = 1,
+    measure: Annotated[bool, typer.Option(help="measure rows that have no kept result")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="print the rows as JSON")] = False,
+) -> None:
+    """Measure what has not been measured, keep it, and show the table; of SmolLM2 also write docs/accuracy.md."""
+    from golden.accuracy import Results, grid, missing
+    from golden.accuracy_page import total_bytes
+    from golden.llama import english_text
+    from golden.loaders import load
+    from golden.spec import KVStrataError
+    from hw.flow.cache import build_dir
+    from sw_stack.cli.output import show_rows
+
+    if jobs < 1:
+        raise KVStrataError(f"the number of jobs must be at least 1, got {jobs}.")
+    checkpoint, directory = load(model), build_dir() / "accuracy"
+    everything = list(grid())
+    rows = [r for r in everything if _wanted(r, match, context, long)]
+    if not rows:
+        raise KVStrataError(
+            f"a filter must leave at least one row of the grid, got {match} at contexts {context}."
+        )
+    text, results = english_text(), Results(directory / "results.sqlite")
+    todo = missing(rows, checkpoint, text.sha256, results) if measure else []
+    _measure(todo, model, directory, jobs)
+    keys = [(r, results.get(r.key(checkpoint, text.sha256))) for r in rows]
+    done = [result for _, result in keys if result]
+    if not done:
+        raise KVStrataError("the table needs at least one measured row, got none: run make accuracy.")
+    export(done, directory)
+    if model is None:
+        kept = [results.get(r.key(checkpoint, text.sha256)) for r in everything]
+        write_page([r for r in kept if r], len(everything), checkpoint, text.name, text.sha256)
+    shown = (
+        "name",
+        "context",
+        "bits_per_weight",
+        "perplexity",
+        "top1_agreement",
+        "kl_nats",
+        "attention_error",
+        "passkey",
+    )
+    table = [{k: r[k] for k in shown} | {"bytes_per_token": total_bytes(r)} for r in done]
+    show_rows("Accuracy", done if as_json else table, as_json)
+
+
+def _wanted(row: "Row", match: list[str] | None, context: list[int] | None, long: bool) -> bool:
+    named = not match or any(m in row.name for m in match)
+    return named and (not context or row.context in context) and (long or row.context <= 1024)
+
+
+def _measure(todo: "list[Row]", model: Path | None, directory: Path, jobs: int) -> None:
+    """Rows that share weights stay in one process; each result is kept as soon as it is there."""
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    from golden.accuracy import measure_rows
+    from golden.loaders import load
+    from sw_stack.cli.output import console
+
+    if not todo:
+        return
+    from rich.progress import Progress
+
+    with Progress(console=console) as progress:
+        task = progress.add_task("Accuracy", total=len(todo))
+        if jobs == 1:
+            for result in measure_rows(todo, load(model), directory):
+                progress.update(task, advance=1, description=f"{result['name']} at {result['context']}")
+            return
+        shares = _shares(todo)
+        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+            for count in pool.map(_share, [(s, model, directory, jobs) for s in shares]):
+                progress.update(task, advance=count)
+
+
+def _shares(todo: "list[Row]") -> "list[list[Row]]":
+    """Rows grouped by weights and context, in order."""
+    groups: dict[Any, list[Row]] = {}
+    for row in todo:
+        groups.setdefault((row.level, row.recipe, row.context > 1024 and row.context), []).append(row)
+    return list(groups.values())
+
+
+def _share(work: "tuple[list[Row], Path | None, Path, int]") -> int:
+    import os
+
+    import torch
+
+    from golden.accuracy import measure_rows
+    from golden.loaders import load
+
+    rows, model, directory, jobs = work
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
+    return sum(1 for _ in measure_rows(rows, load(model), directory))
+
+
+def export(done: list[dict[str, Any]], directory: Path) -> None:
+    """The rows as Parquet, and the Pareto plot, beside the kept results."""
+    import polars
+
+    from golden.accuracy_page import pareto_plot
+
+    temporary = directory / ".accuracy.parquet.tmp"
+    polars.DataFrame(done).write_parquet(temporary)
+    temporary.replace(directory / "accuracy.parquet")
+    save_figure(pareto_plot(done), directory / "pareto.svg")
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure as SVG without dates or random ids, so that equal results give equal files."""
+    import io
+
+    import matplotlib
+
+    from hw.flow.cache import write_atomically
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "kvstrata", "svg.fonttype": "none"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    write_atomically(path, buffer.getvalue())
+
+
+def write_page(
+    done: list[dict[str, Any]], planned: int, checkpoint: Any, text_name: str, text_sha256: str
+) -> None:
+    """docs/accuracy.md and its plot."""
+    from golden.accuracy_page import page, pareto_plot
+    from hw.flow.cache import ROOT, write_atomically
+    from sw_stack.cli.output import note
+
+    write_atomically(ROOT / "docs" / "accuracy.md", page(done, planned, checkpoint, text_name, text_sha256))
+    save_figure(pareto_plot(done), ROOT / "docs" / "accuracy-pareto.svg")
+    note(f"docs/accuracy.md: {len(done)} of {planned} rows")

@@ -1,0 +1,133 @@
+"""Accuracy rows: resumed, keyed by everything that decides them, and a page whose numbers are the rows'."""
+
+import json
+
+import pytest
+import torch
+
+from golden import accuracy
+from golden.accuracy import (
+    Bench,
+    Results,
+    Row,
+    exact_window,
+    grid,
+    measure_rows,
+    missing,
+    parse_policy,
+    prefill,
+)
+from golden.accuracy_page import FINDINGS, page, pareto_front, pareto_plot, table
+from golden.compression import Recipe
+from golden.float_decoder import FloatDecoder
+from golden.policies import Sparq
+from golden.spec import KVStrataError
+
+RESULT = {"name": "float float float dense (float)", "context": 1024, "level": "float", "weights": "float",
+          "activations": "float", "kv": "float", "policy": "dense", "perplexity": 12.5, "top1_agreement": 1.0,
+          "kl_nats": -1e-12, "attention_error": 0.0, "passkey": 0.5, "bits_per_weight": 16.0,
+          "weight_bytes_per_token": 100_000_000, "kv_bytes_per_token": 5e6}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def short():
+    """One short segment instead of two long ones."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(accuracy, "ENDS", (300,))
+    patch.setattr(accuracy, "TAIL", 24)
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def rows(short, smollm2, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("accuracy")
+    wanted = [Row(48), Row(48, kv="kv4"), Row(48, policy="sparf:16,0.25"),
+              Row(48, "exact", Recipe("w4"), "a8", "kv8")]  # fmt: skip
+    return wanted, list(measure_rows(wanted, smollm2, directory)), directory
+
+
+def test_the_reference_row_is_perfect_and_others_are_not(rows):
+    reference, kv4, sparf, exact = rows[1]
+    assert reference["top1_agreement"] == 1
+    assert abs(reference["kl_nats"]) < 1e-5
+    assert reference["attention_error"] == 0
+    for row in (kv4, sparf, exact):
+        assert 0 < row["kl_nats"] < 3
+        assert 0 < row["attention_error"] < 1.5
+        assert len(row["attention_error_by_layer"]) == 30
+    assert reference["passkey"] == 1.0
+
+
+def test_bytes_come_from_the_formats(rows):
+    reference, kv4, sparf, exact = rows[1]
+    assert reference["kv_bytes_per_token"] == 30 * 3 * 48 * 2 * 128
+    assert kv4["kv_bytes_per_token"] == 30 * 3 * 48 * 2 * 36
+    assert exact["kv_bytes_per_token"] == 30 * 3 * 48 * 2 * 68
+    # one 4 KiB page per 32 tokens of K and of V, and up to 16 pages of four channels, for 90 heads
+    assert 90 * 4096 * (2 + 4) <= sparf["kv_bytes_per_token"] <= 90 * (4096 * (4 + 16) + 128)
+    layers = 30 * (2 * 576 * 576 + 2 * 192 * 576 + 3 * 1536 * 576)
+    assert exact["weight_bytes_per_token"] == layers * 5 // 8 + 49152 * 576 * 34 // 32
+    assert (exact["bits_per_weight"], reference["bits_per_weight"]) == (5.0, 16.0)
+
+
+def test_kept_rows_are_not_measured_again(rows, smollm2):
+    wanted, done, directory = rows
+    sha = done[0]["text_sha256"]
+    results = Results(directory / "results.sqlite")
+    assert missing(wanted, smollm2, sha, results) == []
+    assert missing([Row(49)], smollm2, sha, results) == [Row(49)]
+    assert missing(wanted[:1], smollm2, "another text", results) == wanted[:1]
+    assert results.get(wanted[1].key(smollm2, sha)) == json.loads(json.dumps(done[1]))
+    assert {p.suffix for p in directory.iterdir()} == {".sqlite", ".safetensors"}
+
+
+def test_every_row_of_the_grid_is_legal_and_its_own(smollm2):
+    every = list(grid())
+    assert len({r.key(smollm2, "t") for r in every}) == len(every)
+    for row in every:
+        parse_policy(row.policy, 64, 3)
+        if row.level == "exact":
+            exact_window(row.policy)
+    assert {r.context for r in every} == {256, 1024, 2048, 4096, 8192}
+
+
+def test_prompts_are_computed_by_the_policys_own_rule(tiny):
+    policy = Sparq(16, 2, r=4, ratio=0.1)
+    sparse, dense = FloatDecoder(tiny, policy=policy), FloatDecoder(tiny)
+    ids = torch.arange(60)
+    a, b = sparse.new_cache(), dense.new_cache()
+    prefill(sparse, ids, a)
+    dense.hidden(ids, b)
+    assert sparse.policy is policy
+    step = [decoder.hidden([3], cache) for decoder, cache in ((dense, a), (dense, b))]
+    assert torch.equal(*step)
+    assert not torch.allclose(sparse.hidden([4], a), dense.hidden([4], b))
+
+
+@pytest.mark.parametrize("text", ["nothing", "lambda-limit:4", "sparq:16", "sparf:a,b", "dense:1"])
+def test_unknown_policies_are_named(text):
+    with pytest.raises(KVStrataError, match=f"a policy must be dense, .* got {text}"):
+        parse_policy(text, 64, 3)
+
+
+def test_impossible_rows_are_named(short, smollm2, tmp_path):
+    bench = Bench(smollm2, tmp_path)
+    with pytest.raises(KVStrataError, match="a context must be 25 to 299 tokens, got 300"):
+        bench.windows(300)
+    with pytest.raises(KVStrataError, match="the exact level computes with a8 and kv4 or kv8"):
+        bench.decoder(Row(48, "exact", Recipe("w4"), "a8", "kivi4"))
+    with pytest.raises(KVStrataError, match="the exact level attends densely or by lambda-limit"):
+        exact_window("sparq:16,0.125")
+
+
+def test_page_and_plot_show_the_rows(smollm2):
+    worse = RESULT | {"name": FINDINGS[3][0], "kv": "kv4", "perplexity": 1.25e6, "kl_nats": 0.25}
+    text = page([RESULT, worse], 66, smollm2, "topics", "ab" * 32)
+    assert "2 of the 66" in text
+    assert "| 12.50 | 100.0% | 0.000 |" in text
+    assert "| 1.2e+06 |" in text
+    assert "KV4 per head and token alone: times 100,000 (KL 0.250)." in text
+    assert "105.00" in table([RESULT])  # MB per token: weights and KV
+    assert len(pareto_plot([RESULT, worse]).axes) == 1
+    assert pareto_front([(1, 5), (2, 6), (3, 4), (3, 3)]) == [0, 3]

@@ -51,7 +51,7 @@ def environment() -> Mapping[str, str]:
             raise ToolMissing(f"building a Verilated model needs {program} on PATH, and it was not found")
     env = dict(os.environ)
     # `--` ends make's options and starts variable assignments, which override the makefile's own.
-    env["MAKEFLAGS"] = "-- VK_PCH_I_FAST= VK_PCH_I_SLOW= OPT_FAST=-O2 OPT_SLOW=-O1"
+    env["MAKEFLAGS"] = "-- VK_PCH_I_FAST= VK_PCH_I_SLOW= OPT_FAST=-O2 OPT_SLOW=-O0"
     system = shutil.which("verilator")
     if system and _version(system, env) >= MINIMUM_VERSION:
         return env

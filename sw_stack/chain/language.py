@@ -68,7 +68,7 @@ def run(
         measured = perplexity(decoder, checkpoint, english_text(), tokens=perplexity_tokens)
         accuracy.append({"level": name, "perplexity": measured.value})
         if (level, kv) == ("exact", "kv4"):
-            _capture(decoder, ids, directory)
+            _capture(decoder, ids + answer.tokens, directory)
     levels[0]["agreement"] = levels[0]["first_difference"] = None
     return {
         "generated": {
@@ -124,7 +124,7 @@ def _attention_operands(operands: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _capture(decoder: Any, ids: list[int], directory: Path) -> None:
-    """Operands of the last prompt token's step in layer `CAPTURE_LAYER`, and of the head."""
+    """Operands of the last token's step in layer `CAPTURE_LAYER`, and of the head."""
     import torch
     from safetensors.torch import save_file
 

@@ -1,6 +1,7 @@
 """How every verb shows its results: a rich table for people, JSON on standard output for programs."""
 
 import json
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -39,7 +40,7 @@ def show_rows(title: str, rows: Sequence[Mapping[str, Any]], as_json: bool) -> N
         table.add_column(key.replace("_", " "), justify="right" if numeric else "left")
     for row in rows:
         table.add_row(*(_cell(v) for v in row.values()))
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 180).print(table)
 
 
 def _cell(value: Any) -> str:

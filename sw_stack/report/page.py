@@ -69,7 +69,7 @@ COLUMNS: dict[str, list[Column]] = {
         field("TTFT s", "time_to_first_token_s", numeric=True),
         field("TPOT s", "time_per_output_token_s", numeric=True),
         field("Bottleneck", "bottleneck"),
-        Column("Breakdown of decode", lambda row: _shares(row["breakdown"])),
+        Column("Breakdown of decode", lambda row: shares(row["breakdown"])),
     ],
     "assumptions": [
         field("Where", "device"),
@@ -81,9 +81,10 @@ COLUMNS: dict[str, list[Column]] = {
 }
 
 
-def _shares(breakdown: Mapping[str, float]) -> str:
-    shown = sorted(((share, name) for name, share in breakdown.items() if share >= 0.005), reverse=True)
-    return ", ".join(f"{name} {100 * share:.0f}%" for share, name in shown)
+def shares(breakdown: Mapping[str, float]) -> str:
+    """Categories of at least half a percent, largest first."""
+    found = sorted(((share, name) for name, share in breakdown.items() if share >= 0.005), reverse=True)
+    return ", ".join(f"{name} {100 * share:.0f}%" for share, name in found)
 
 
 def svg(figure: Figure) -> str:

@@ -1,0 +1,147 @@
+"""The cycle tables that the system model reads: every row is a run of Verilated RTL (`make calibrate`).
+
+A table is {"spec_version", "block", "config", "clock_mhz", "rows"}; a row holds name, shape, cycles, bound_cycles (what
+the block's ports or the flash channels allow) and bytes. Cycles are deterministic, so that a test can run a row again
+and demand equality.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from golden.spec import SPEC_VERSION, KVStrataError
+
+DIRECTORY = Path(__file__).resolve().parents[2] / "sim" / "calibration"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A block's measured shapes: `rows()` runs the RTL and yields them one by one."""
+
+    block: str
+    config: str
+    clock_mhz: float
+    rows: Callable[[], Iterable[dict[str, Any]]]
+    engines: tuple[str, ...] = ("tiny", "small")
+    """Engine configurations whose RTL check measures this table again; the others would build it for that alone."""
+
+    @property
+    def path(self) -> Path:
+        """Where the committed table lies."""
+        return DIRECTORY / f"{self.block}-{self.config}.json"
+
+    def measure(self, progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+        """Run every shape on the RTL."""
+        rows = []
+        for row in self.rows():
+            progress(f"{self.block}: {row['name']}")
+            rows.append(row)
+        header = {"spec_version": SPEC_VERSION, "block": self.block, "config": self.config}
+        return {**header, "clock_mhz": self.clock_mhz, "rows": rows}
+
+
+MATRIX_SHAPES = (
+    ("w4", 192, 576), ("w4", 576, 576), ("w4", 1536, 576), ("w4", 576, 1536), ("w4", 2048, 2048), ("w4", 4096, 4096),
+    ("w8", 576, 576), ("w8", 2048, 2048), ("w2", 2048, 2048), ("w2s24", 2048, 2048),
+)  # fmt: skip
+HEAD_SHAPES = ((1, 16, 128), (1, 64, 128), (1, 256, 128), (1, 1024, 128), (1, 1536, 128), (1, 4096, 128))
+
+
+def _matrix_rows() -> Iterable[dict[str, Any]]:
+    import numpy as np
+
+    from golden.spec.engine import SMALL
+    from golden.spec.formats import WEIGHT_FORMATS
+    from sw_stack.rtl.matvec import run_matvec
+
+    random = np.random.default_rng(1)
+    for name, rows, inner in MATRIX_SHAPES:
+        fmt = WEIGHT_FORMATS[name]
+        codes = _codes(random, fmt, rows, inner)
+        scales = random.uniform(0.001, 0.02, (rows, inner // fmt.group))
+        minima = -scales * 2 if fmt.asymmetric else None
+        acts = random.integers(-127, 128, inner).astype(np.int8)
+        run = run_matvec(codes, scales, minima, acts, (20000, -20), fmt, SMALL)
+        yield {
+            "name": f"{name} {rows} x {inner}",
+            "shape": [rows, inner],
+            "cycles": run.cycles,
+            "bound_cycles": run.bound_cycles,
+            "bytes": int(rows * inner * fmt.bits_per_weight / 8),
+        }
+
+
+def _codes(random: Any, fmt: Any, rows: int, inner: int) -> Any:
+    import numpy as np
+
+    if not fmt.sparse24:
+        return random.integers(fmt.code_min, fmt.code_max + 1, (rows, inner)).astype(np.int8)
+    kept = np.argsort(random.random((rows, inner // 4, 4)), -1) < 2
+    return (kept * random.choice([-3, -1, 1, 3], kept.shape)).reshape(rows, inner).astype(np.int8)
+
+
+def _head_rows() -> Iterable[dict[str, Any]]:
+    import numpy as np
+
+    from sw_stack.rtl.attention import run_head
+
+    random = np.random.default_rng(1)
+    for queries, tokens, head_size in HEAD_SHAPES:
+        q, k, v = (
+            random.standard_normal((n, head_size)).astype(np.float16) for n in (queries, tokens, tokens)
+        )
+        run = run_head(q, k, v)
+        yield {
+            "name": f"dense head, {queries} queries, {tokens} tokens x {head_size}",
+            "shape": [queries, tokens, head_size],
+            "cycles": run.cycles,
+            "bound_cycles": run.bound_cycles,
+            "bytes": 2 * k.nbytes,
+        }
+
+
+TABLES: tuple[Table, ...] = (
+    Table("mv_core", "small", 225.0, _matrix_rows, engines=("small",)),
+    Table("attention_head", "one-kernel", 285.0, _head_rows),
+)
+
+
+def measure(table: Table, progress: Callable[[str], None] = lambda _: None) -> None:
+    """Run a table's shapes on the RTL and write the committed file."""
+    from hw.flow.cache import write_atomically
+
+    write_atomically(table.path, json.dumps(table.measure(progress), indent=1) + "\n")
+
+
+def committed(table: Table) -> dict[str, Any]:
+    """The committed table; `KVStrataError` naming the verb that measures it if it is missing or of another spec."""
+    try:
+        stored = json.loads(table.path.read_text())
+    except (OSError, ValueError) as error:
+        raise KVStrataError(f"{table.path.name} is missing or not JSON: run make calibrate") from error
+    if stored.get("spec_version") != SPEC_VERSION:
+        raise KVStrataError(f"{table.path.name} was measured under another spec version: run make calibrate")
+    return stored
+
+
+def check_committed(table: Table, progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+    """Measure again and demand the committed cycles; the table on success.
+
+    Raises `KVStrataError` naming the first row whose cycles drifted.
+    """
+    stored, now = committed(table), table.measure(progress)
+    for old, new in zip(stored["rows"], now["rows"]):
+        if old != new:
+            raise KVStrataError(
+                f"{table.path.name}: {new['name']} takes {new['cycles']} cycles on the RTL, "
+                f"the committed table says {old['cycles']}: run make calibrate"
+            )
+    if stored != now:
+        raise KVStrataError(
+            f"{table.path.name} does not hold the shapes that are measured: run make calibrate"
+        )
+    return now

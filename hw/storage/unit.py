@@ -57,7 +57,7 @@ class AttentionUnit(wiring.Component):
     - `config`: always answered, in the next cycle, at `config_status` (`config_done`); refused with BUSY while jobs run.
     - `command`, then its `operand` beats: q of every query, 16 elements a beat, and for SparF v-bar. A command with a bad
       field completes with that field's index; its operands are taken and dropped (none are, before a config).
-    - `abort`: every job in the unit completes, with ABORTED unless it was already past its last page.
+    - `cancel`: every job in the unit completes, with ABORTED unless it was already past its last page.
     - `request`, `descriptor`: pages asked of the firmware's maps, and its answers in the same order.
     - `flash`, `beat`: per flash channel, and last the DRAM group buffer: page to read, raw page.
     - `output`: per kernel, elements of whole heads; `completion`: one per command.
@@ -85,7 +85,7 @@ class AttentionUnit(wiring.Component):
                 "config_done": Out(1),
                 "command": In(stream.Signature(JOB)),
                 "operand": In(stream.Signature(ELEMENTS)),
-                "abort": In(1),
+                "cancel": In(1),
                 "request": Out(stream.Signature(layout_of(PAGE_REQUEST))),
                 "descriptor": In(stream.Signature(layout_of(PAGE_DESCRIPTOR))),
                 "flash": Out(stream.Signature(layout_of(PPN))).array(ports),
@@ -117,7 +117,7 @@ class AttentionUnit(wiring.Component):
         m.submodules.operands = self._operands = TypedMemory(
             ELEMENTS, SLOTS * 64, read_ports=1 + KERNELS, ram_style="block"
         )
-        with m.If(self.abort):
+        with m.If(self.cancel):
             m.d.sync += self._aborting.eq(1)
         with m.Elif(~self._used.any()):
             m.d.sync += self._aborting.eq(0)

@@ -1,0 +1,213 @@
+// The whole in-storage unit behind its flash: channels, group buffer and the firmware's maps from files.
+//
+// usage: sim SCRIPT FLASH_IMAGE DRAM_IMAGE MAP RESULTS [name=value ...]
+//
+// SCRIPT: records of a 32-bit kind, a 32-bit number of operand beats, 16 bytes (config or command), then the operand
+// beats of 32 bytes. Kind 0: config; 1: command, given when the unit takes it; 2: abort, `operands` cycles later.
+// MAP: 64-bit key (PAGE_REQUEST fields sequence, kv_head, kind, index: see key_of), 32-bit page, 32-bit flags (1: DRAM).
+// RESULTS: text, a line per event: "o KERNEL ID QUERY ELEMENT BITS", "c CYCLE ID SEQUENCE HEAD STATUS FIELD INDEX",
+// "s STATUS FIELD" for a config, "n CYCLES" and "k COUNTER..." at the end. Flash parameters are those of FlashParams;
+// pause_out and pause_map are percentages of idle cycles, map_latency cycles from a request to its answer, pause_seed.
+// (Verilator writes a double underscore as ___05F.)
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <memory>
+#include <random>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "Vunit.h"
+#include "flash_model.h"
+
+using namespace kvstrata;
+
+struct Port {
+  uint8_t *command_valid, *command_ready, *beat_valid, *beat_ready;
+  uint32_t *command, *beat;
+};
+
+#define PORT(n)                                                                                             \
+  ports.push_back({&dut.flash___05F##n##___05Fvalid, &dut.flash___05F##n##___05Fready,                       \
+                   &dut.beat___05F##n##___05Fvalid, &dut.beat___05F##n##___05Fready,                         \
+                   &dut.flash___05F##n##___05Fpayload, dut.beat___05F##n##___05Fpayload.data()});
+
+struct Step {
+  uint32_t kind, operands;
+  uint8_t record[16];
+  std::vector<uint8_t> beats;
+};
+
+static std::vector<uint8_t> slurp(const char* path) {
+  std::FILE* file = std::fopen(path, "rb");
+  if (!file) std::fprintf(stderr, "cannot open %s\n", path), std::exit(3);
+  std::fseek(file, 0, SEEK_END);
+  std::vector<uint8_t> bytes(std::ftell(file));
+  std::rewind(file);
+  if (std::fread(bytes.data(), 1, bytes.size(), file) != bytes.size()) std::exit(3);
+  std::fclose(file);
+  return bytes;
+}
+
+static uint64_t bits(const uint32_t* words, unsigned lsb, unsigned width) {
+  uint64_t value = 0;
+  for (unsigned n = 0; n < width; n++) value |= uint64_t(words[(lsb + n) / 32] >> ((lsb + n) % 32) & 1) << n;
+  return value;
+}
+
+int main(int argc, char** argv) {
+  if (argc < 6) return 2;
+  FlashParams params;
+  long pause_out = 0, pause_map = 0, map_latency = 40, seed = 1, limit = 4000000, dram_mb = 4000;
+  for (int n = 6; n < argc; n++) {
+    const std::string word = argv[n], name = word.substr(0, word.find('='));
+    const long value = std::stol(word.substr(word.find('=') + 1));
+    if (name == "pause_out") pause_out = value;
+    else if (name == "pause_map") pause_map = value;
+    else if (name == "map_latency") map_latency = value;
+    else if (name == "pause_seed") seed = value;
+    else if (name == "limit") limit = value;
+    else if (name == "dram_mb_per_s") dram_mb = value;
+    else if (!params.set(word)) return 2;
+  }
+  FlashImage flash(argv[2]), dram(argv[3]);
+  std::unordered_map<uint64_t, std::pair<uint32_t, uint32_t>> maps;
+  const auto map_bytes = slurp(argv[4]);
+  for (size_t at = 0; at + 16 <= map_bytes.size(); at += 16) {
+    uint64_t key;
+    uint32_t page, flags;
+    std::memcpy(&key, &map_bytes[at], 8), std::memcpy(&page, &map_bytes[at + 8], 4), std::memcpy(&flags, &map_bytes[at + 12], 4);
+    maps[key] = {page, flags};
+  }
+  std::deque<Step> steps;
+  const auto script = slurp(argv[1]);
+  size_t expected = 0;
+  for (size_t at = 0; at < script.size();) {
+    Step step;
+    std::memcpy(&step.kind, &script[at], 4), std::memcpy(&step.operands, &script[at + 4], 4);
+    std::memcpy(step.record, &script[at + 8], 16);
+    at += 24;
+    if (step.kind == 1) {
+      step.beats.assign(&script[at], &script[at] + 32 * step.operands);
+      at += 32 * step.operands;
+      expected++;
+    }
+    steps.push_back(step);
+  }
+  std::mt19937 random(seed);
+  std::FILE* out = std::fopen(argv[5], "w");
+
+  Vunit dut;
+  std::vector<Port> ports;
+  PORT(0) PORT(1)
+#if PORTS > 2
+  PORT(2)
+#endif
+#if PORTS > 4
+  PORT(3) PORT(4)
+#endif
+#if PORTS > 8
+  PORT(5) PORT(6) PORT(7) PORT(8)
+#endif
+  // The group buffer answers like a channel without an array: DRAM time only.
+  FlashParams buffer = params;
+  buffer.channel_mb_per_s = dram_mb, buffer.read_ns = 200, buffer.command_ns = 20, buffer.ecc_ns = 0;
+  buffer.retry_per_million = 0, buffer.fail_per_million = 0;
+  std::vector<std::unique_ptr<FlashChannel>> channels;
+  for (size_t n = 0; n < ports.size(); n++)
+    channels.push_back(std::make_unique<FlashChannel>(n + 1 < ports.size() ? params : buffer, n + 1 < ports.size() ? flash : dram));
+
+  dut.rst = 1;
+  for (int n = 0; n < 3; n++) dut.clk = 0, dut.eval(), dut.clk = 1, dut.eval();
+  dut.rst = 0;
+  long cycle = 0, completions = 0, abort_in = -1, start = -1, last = 0;
+  size_t operand = 0;
+  bool command_given = false;
+  std::deque<std::pair<long, uint64_t>> answers;  // due cycle, descriptor
+  while ((size_t(completions) < expected || !steps.empty()) && cycle < limit && cycle - last < 400000) {
+    dut.clk = 0;
+    dut.config___05Fvalid = 0, dut.command___05Fvalid = 0, dut.operand___05Fvalid = 0, dut.cancel = 0;
+    if (abort_in >= 0 && abort_in-- == 0) dut.cancel = 1;
+    if (!steps.empty()) {
+      Step& step = steps.front();
+      if (step.kind == 0) {
+        std::memcpy(&dut.config___05Fpayload, step.record, 8);
+        dut.config___05Fvalid = 1;
+      } else if (step.kind == 2) {
+        abort_in = step.operands;
+        steps.pop_front();
+      } else if (!command_given) {
+        std::memcpy(dut.command___05Fpayload.data(), step.record, 16);
+        dut.command___05Fvalid = 1;
+      } else {
+        std::memcpy(dut.operand___05Fpayload.data(), &step.beats[32 * operand], 32);
+        dut.operand___05Fvalid = 1;
+      }
+    }
+    const bool answer = !answers.empty() && answers.front().first <= cycle && random() % 100 >= unsigned(pause_map);
+    dut.descriptor___05Fvalid = answer;
+    if (answer) dut.descriptor___05Fpayload = answers.front().second;
+    dut.request___05Fready = answers.size() < 64;
+    dut.output___05F0___05Fready = random() % 100 >= unsigned(pause_out);
+    dut.output___05F1___05Fready = random() % 100 >= unsigned(pause_out);
+    dut.completion___05Fready = 1;
+    for (size_t n = 0; n < ports.size(); n++) {
+      *ports[n].command_ready = channels[n]->command_ready();
+      *ports[n].beat_valid = channels[n]->valid();
+      if (channels[n]->valid()) {
+        const FlashBeat beat = channels[n]->beat();
+        ports[n].beat[0] = uint32_t(beat.data), ports[n].beat[1] = uint32_t(beat.data >> 32);
+        ports[n].beat[2] = beat.first | beat.last << 1 | beat.fail << 2;
+      }
+    }
+    dut.eval();
+    if (!steps.empty()) {
+      if (dut.config___05Fvalid) steps.pop_front();
+      else if (dut.command___05Fvalid && dut.command___05Fready) {
+        if (start < 0) start = cycle;
+        command_given = steps.front().operands != 0;
+        operand = 0;
+        if (!command_given) steps.pop_front();
+      } else if (dut.operand___05Fvalid && dut.operand___05Fready && ++operand == steps.front().operands) {
+        command_given = false;
+        steps.pop_front();
+      }
+    }
+    if (answer && dut.descriptor___05Fready) answers.pop_front();
+    if (dut.request___05Fvalid && dut.request___05Fready) {
+      const uint32_t* request = dut.request___05Fpayload.data();
+      // key: kind (2), kv_head (8), sequence (12), index (17): the low 39 bits of PAGE_REQUEST
+      const auto found = maps.find(bits(request, 0, 39));
+      uint64_t descriptor = 0;
+      if (found != maps.end()) descriptor = found->second.first | 1ull << 32 | uint64_t(found->second.second & 1) << 33;
+      answers.push_back({cycle + map_latency, descriptor});
+    }
+    for (size_t n = 0; n < ports.size(); n++)
+      channels[n]->tick(*ports[n].command_valid && *ports[n].command_ready, *ports[n].command, *ports[n].beat_ready);
+    auto output = [&](int kernel, uint8_t valid, uint8_t ready, uint64_t word) {
+      if (!valid || !ready) return;
+      std::fprintf(out, "o %d %u %u %u %u\n", kernel, unsigned(word >> 27 & 0xffff), unsigned(word >> 16 & 7), unsigned(word >> 19 & 127), unsigned(word & 0xffff));
+      last = cycle;
+    };
+    output(0, dut.output___05F0___05Fvalid, dut.output___05F0___05Fready, dut.output___05F0___05Fpayload);
+    output(1, dut.output___05F1___05Fvalid, dut.output___05F1___05Fready, dut.output___05F1___05Fpayload);
+    if (dut.config_done) std::fprintf(out, "s %u %u\n", dut.config_status & 0xff, dut.config_status >> 8);
+    if (dut.completion___05Fvalid) {
+      const uint32_t* c = dut.completion___05Fpayload.data();
+      std::fprintf(out, "c %ld %u %u %u %u %u %u\n", cycle - start, unsigned(bits(c, 0, 16)), unsigned(bits(c, 16, 12)), unsigned(bits(c, 28, 8)), unsigned(bits(c, 36, 8)), unsigned(bits(c, 44, 8)), unsigned(bits(c, 52, 17)));
+      completions++;
+      last = cycle;
+    }
+    dut.clk = 1;
+    dut.eval();
+    cycle++;
+  }
+  std::fprintf(out, "n %ld\n", cycle - start);
+  std::fprintf(out, "k %llu %llu %llu %llu %llu %llu %llu %llu\n", (unsigned long long)dut.counters___05F0, (unsigned long long)dut.counters___05F1, (unsigned long long)dut.counters___05F2, (unsigned long long)dut.counters___05F3, (unsigned long long)dut.counters___05F4, (unsigned long long)dut.counters___05F5, (unsigned long long)dut.counters___05F6, (unsigned long long)dut.counters___05F7);
+  std::fclose(out);
+  dut.final();
+  return size_t(completions) == expected ? 0 : 4;
+}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sim.describe.devices import Gpu
 from sim.result import RunResult
+from sim.schemes import SCHEMES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,6 +40,11 @@ def _figure(width: float = 7.0, height: float = 4.0) -> tuple[Figure, Axes]:
     return figure, axes
 
 
+def _colour(scheme: str) -> str:
+    """The same colour for a scheme in every figure."""
+    return f"C{list(SCHEMES).index(scheme)}" if list(SCHEMES).index(scheme) < 10 else "black"
+
+
 def throughput_over_batch(results: Iterable[RunResult]) -> Figure:
     """Tokens/s against batch, one line per scheme; both axes logarithmic."""
     figure, axes = _figure()
@@ -47,10 +53,10 @@ def throughput_over_batch(results: Iterable[RunResult]) -> Figure:
         lines.setdefault(r.scheme, []).append((r.batch, r.tokens_per_s))
     for scheme, points in lines.items():
         batch, rate = zip(*sorted(points))
-        axes.plot(batch, rate, marker="o", label=scheme)
+        axes.plot(batch, rate, marker="o", label=scheme, color=_colour(scheme))
     axes.set(xscale="log", yscale="log", xlabel="batch (sequences)", ylabel="throughput (tokens/s)")
     axes.set_xscale("log", base=2)
-    axes.legend()
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize="small")
     return figure
 
 
@@ -107,9 +113,9 @@ def pareto(rows: Sequence[Mapping[str, Any]], x: str, y: str, maximise: tuple[bo
     figure, axes = _figure()
     for scheme in dict.fromkeys(r["scheme"] for r in rows):
         chosen = [r for r in rows if r["scheme"] == scheme]
-        axes.plot([r[x] for r in chosen], [r[y] for r in chosen], "o", alpha=0.6, label=scheme)
+        axes.plot([r[x] for r in chosen], [r[y] for r in chosen], "o", label=scheme, color=_colour(scheme))
     best = sorted(front(rows, {x: maximise[0], y: maximise[1]}), key=lambda r: r[x])
     axes.plot([r[x] for r in best], [r[y] for r in best], color="#2e4057", lw=1, label="Pareto front")
     axes.set(xlabel=x.replace("_", " "), ylabel=y.replace("_", " "), xscale="log", yscale="log")
-    axes.legend(fontsize="small")
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize="small")
     return figure

@@ -68,9 +68,10 @@ class CsdDense(GpuScheme):
 
     def residency(self) -> list[Residency]:
         w, m, count = self.workload, self.model, self.machine.csd_count
-        tokens = min(w.batch * w.input_tokens, self.slice_tokens)
-        layer_kv = w.batch * w.input_tokens * m.kv_bytes_per_token_layer
-        on_gpu = m.weight_bytes + self.workspace_bytes(1, tokens) + 2 * layer_kv + self._hidden_bytes()
+        # Prefill goes in slices of whole sequences: two layers' KV on their way out, hidden states in and out.
+        tokens = min(w.batch * w.input_tokens, max(self.slice_tokens, w.input_tokens))
+        in_flight = tokens * (2 * m.kv_bytes_per_token_layer + 2 * m.hidden * FP16_BYTES)
+        on_gpu = m.weight_bytes + self.workspace_bytes(1, min(tokens, self.slice_tokens)) + in_flight
         kv = w.batch * w.total_tokens * m.kv_bytes_per_token * self.stored_copies
         tails = w.batch * m.kv_bytes_per_token * self.group_tokens
         capacity = self.csd.capacity_gb * count
@@ -79,9 +80,6 @@ class CsdDense(GpuScheme):
             Residency(tier="computational drives", used_gb=kv / GB, capacity_gb=capacity),
             Residency(tier="drive buffers", used_gb=tails / GB, capacity_gb=self.csd.buffer_gb * count),
         ]
-
-    def _hidden_bytes(self) -> float:
-        return 2.0 * self.workload.batch * self.workload.input_tokens * self.model.hidden * FP16_BYTES
 
     def connect(self) -> None:
         machine, csd, count = self.machine, self.csd, self.machine.csd_count

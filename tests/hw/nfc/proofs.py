@@ -226,7 +226,8 @@ class RingRoomProof(Proof):
         used, closed = (ring.head - ring.tail)[:4], (ring.start - ring.tail)[:4]
         m.d.comb += [
             Assume(~self.valid | ring.room | room.any()),
-            Assume(closed <= used),  # that pages hold the rows they say is RingProof's part
+            # Pages hold as many rows as they say: RingProof's part.
+            Assume((closed <= used) & (closed <= 8)),
             Assert(used <= 8),
         ]
         return m

@@ -11,6 +11,7 @@ def test_no_marked_entry_is_lost_and_no_other_passes():
     prove(proofs.GateProof(), "gate_proof", depth=4)
 
 
+@pytest.mark.slow
 def test_committed_rows_leave_in_order_and_failed_pages_leave_none():
     prove(proofs.RingProof(), "ring_proof", depth=11, induction=False)
 

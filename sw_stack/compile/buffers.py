@@ -84,13 +84,14 @@ class Buffers:
         vb = Allocator("vb", VB_BANKS, engine.vb_words // VB_BANKS)
         hidden, head = memory_map.row_words(model.hidden), model.head_size // lanes
         q_rows = model.heads * model.head_size
-        qkv = memory_map.row_words(q_rows + 2 * model.kv_heads * model.head_size)
+        kv_rows = 2 * model.kv_heads * model.head_size
         slot_words = memory_map.row_words(memory_map.slots)
         self.x = vb.block("the residual stream", hidden, tokens, bank=0)
         self.gateup = vb.block("gate and up", memory_map.row_words(2 * model.ffn), tokens, bank=2)
         self.scores = vb.block("attention scores", slot_words, self.queries, bank=3, buffers=2)
         self.value_scales = vb.block("V scales", slot_words, model.kv_heads, bank=3)
-        self.qkv = vb.block("q, k and v", qkv, tokens, bank=1)
+        self.q = vb.block("q", memory_map.row_words(q_rows), tokens, bank=1)
+        self.kv = vb.block("k and v", memory_map.row_words(kv_rows), tokens, bank=1)
         self.mixed = vb.block("the attention output", memory_map.row_words(q_rows), tokens, bank=0)
         self.normed = vb.block("the normalised input", hidden, tokens, bank=1)
         self.gated = vb.block("the gated product", model.ffn // lanes, tokens, bank=0)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from golden.attention import ScoreScale
 from golden.spec import KVStrataError
-from golden.spec.engine import STEP, Codes, Op, StreamFormat
+from golden.spec.engine import STEP, WORD_BYTES, Codes, Op, StreamFormat
 from sw_stack.compile.buffers import Block, Buffers, attention_tokens, logits_block
 from sw_stack.compile.builder import Builder, Instruction, Span
 from sw_stack.compile.program import Program, R
@@ -25,6 +25,8 @@ Exponents = tuple[tuple[int, int], ...]
 EXPONENT_MASK = 63
 EVERY_SLOT = 0xFFFF
 GROUPS_PER_WORD = 2
+HEAD_PIECES = 8
+"""Pieces of the logits that fit the vector buffer."""
 
 
 @dataclass(frozen=True)
@@ -77,14 +79,15 @@ class Emitter:
         self.read("rope rows", rope, self.at.rope, width, addr_reg=R.ROPE_BYTES)
 
     def write_qkv(self, layer: int) -> None:
-        """q, k and v of every token to memory, for attention elsewhere."""
-        region, qkv = self.map.regions["qkv"], self.at.qkv
-        width = (self.model.heads + 2 * self.model.kv_heads) * self.model.head_size
-        self.builder.emit(
-            Op.WRITE, f"layer {layer} q, k and v", [qkv.span()], [Span("qkv", 0, self.tokens)],
-            addr=region.base, count=width // self.lanes, vectors=self.tokens, stride=region.stride,
-            dst=qkv.base, dst_stride=qkv.words,
-        )  # fmt: skip
+        """q, then k and v, of every token to memory, for attention elsewhere."""
+        region, width = self.map.regions["qkv"], self.model.heads * self.model.head_size
+        kv_width = 2 * self.model.kv_heads * self.model.head_size
+        for block, first, count in ((self.at.q, 0, width), (self.at.kv, width, kv_width)):
+            self.builder.emit(
+                Op.WRITE, f"layer {layer} q, k and v", [block.span()], [Span("qkv", first, first + count)],
+                addr=region.base + 4 * first, count=count // self.lanes, vectors=self.tokens, stride=region.stride,
+                dst=block.base, dst_stride=block.words,
+            )  # fmt: skip
 
     def read(self, note: str, region: Region, block: Block, width: int, addr_reg: int = 0) -> None:
         """One vector of `width` elements per vector of the block."""
@@ -96,20 +99,29 @@ class Emitter:
 
     # --- a layer
     def layer(self, layer: int) -> None:
-        """One decoder layer on the residual stream."""
-        self.before_attention(layer)
+        """One decoder layer on the residual stream; k and v are stored while q is computed."""
+        self._key_value(layer)
         self._append(layer)
+        self._query(layer)
         for first in range(0, self.tokens, self.attention_tokens):
             self._attention(layer, first, min(self.attention_tokens, self.tokens - first))
         self.after_attention(layer)
 
     def before_attention(self, layer: int) -> None:
-        """Norm, q, k and v, and their rotation."""
+        """Norm, q, k and v, and their rotation, for attention elsewhere."""
+        self._key_value(layer)
+        self._query(layer)
+
+    def _key_value(self, layer: int) -> None:
         name = f"layer {layer}"
         self._norm(layer * 2, f"{name} attention norm")
         self._quantise(self.at.normed, self.model.hidden, f"{name} qkv input", fresh=1)
-        self._product(self.map.matrices[f"layers.{layer}.qkv"], self.at.qkv, f"{name} qkv")
-        self._rope(name)
+        self._product(self.map.matrices[f"layers.{layer}.kv"], self.at.kv, f"{name} k and v")
+        self._rope(self.at.kv, self.model.kv_heads, f"{name} k")
+
+    def _query(self, layer: int) -> None:
+        self._product(self.map.matrices[f"layers.{layer}.q"], self.at.q, f"layer {layer} q")
+        self._rope(self.at.q, self.model.heads, f"layer {layer} q")
 
     def after_attention(self, layer: int) -> None:
         """Output projection and feed-forward network, from `mixed` on."""
@@ -160,15 +172,15 @@ class Emitter:
             dst=dst.base, dst_stride=dst.words,
         )  # fmt: skip
 
-    def _rope(self, name: str) -> None:
-        qkv, rope = self.at.qkv, self.at.rope
-        heads = self.model.heads + self.model.kv_heads
+    def _rope(self, block: Block, heads: int, name: str) -> None:
+        """Rotate the first `heads` heads of every token in place."""
+        rope = self.at.rope
         for t in range(self.tokens):
-            turned = Span("vb", qkv.at(t), qkv.at(t) + heads * self.head_words)
+            turned = Span("vb", block.at(t), block.at(t) + heads * self.head_words)
             self.builder.emit(
                 Op.ROPE, f"{name} rope of token {t}", [turned, rope.span(first=t, count=1)], [turned],
-                addr=qkv.at(t), stride=self.head_words, addr_b=rope.at(t), count=self.model.head_size,
-                vectors=heads, dst=qkv.at(t), dst_stride=self.head_words,
+                addr=block.at(t), stride=self.head_words, addr_b=rope.at(t), count=self.model.head_size,
+                vectors=heads, dst=block.at(t), dst_stride=self.head_words,
             )  # fmt: skip
 
     def _gate(self, name: str) -> None:
@@ -183,24 +195,14 @@ class Emitter:
     # --- KV cache
     def _append(self, layer: int) -> None:
         """Quantise and store k, then v, of all KV heads; then fetch the V scales that attention needs."""
-        layout, model = self.map.kv_layout, self.model
-        for head in range(model.kv_heads):
-            self.builder.emit(
-                Op.APPEND_K, f"layer {layer} append k{head}", writes=[self._kv_span(layer, "k", head)],
-                addr=0, addr_reg=R.POSITION, count=self.tokens, bits=layout.bits, head_size=model.head_size,
-                base=self.map.key_base(layer, head),
-            )  # fmt: skip
-            self._kv_quantise(layer, "k", model.heads + head)
-        for head in range(model.kv_heads):
-            group, place = divmod(head, layout.heads_per_block)
-            scales = Span(f"scales{layer}", head, head + 1)
-            self.builder.emit(
-                Op.APPEND_V, f"layer {layer} append v{head}", writes=[self._kv_span(layer, "v", group), scales],
-                addr=0, addr_reg=R.POSITION, count=self.tokens, bits=layout.bits, head_size=model.head_size,
-                base=self.map.value_base(layer, group), block_words=layout.value_block_words,
-                row=place * model.head_size, scale_base=self.map.value_scales(layer, head),
-            )  # fmt: skip
-            self._kv_quantise(layer, "v", model.heads + model.kv_heads + head)
+        model = self.model
+        for kind in ("k", "v"):
+            if self.tokens == 1:
+                self._kv_quantise(layer, kind, 0, model.kv_heads, self.head_words)
+            for head in range(model.kv_heads):
+                if self.tokens > 1:
+                    self._kv_quantise(layer, kind, head, self.tokens, self.at.kv.words)
+                self._append_head(layer, kind, head)
         block = self.at.value_scales
         self.builder.emit(
             Op.READ, f"layer {layer} V scales", [Span(f"scales{layer}", 0, model.kv_heads)], [block.span()],
@@ -208,15 +210,36 @@ class Emitter:
             stride=self.map.regions["value_scales"].stride, dst=block.base, dst_stride=block.words,
         )  # fmt: skip
 
+    def _append_head(self, layer: int, kind: str, head: int) -> None:
+        """Take the pass's tokens of one head from the stream of quantised vectors."""
+        layout, size = self.map.kv_layout, self.model.head_size
+        note = f"layer {layer} append {kind}{head}"
+        if kind == "k":
+            self.builder.emit(
+                Op.APPEND_K, note, writes=[self._kv_span(layer, "k", head)],
+                addr=0, addr_reg=R.POSITION, count=self.tokens, bits=layout.bits, head_size=size,
+                base=self.map.key_base(layer, head),
+            )  # fmt: skip
+            return
+        group, place = divmod(head, layout.heads_per_block)
+        self.builder.emit(
+            Op.APPEND_V, note, writes=[self._kv_span(layer, "v", group), Span(f"scales{layer}", head, head + 1)],
+            addr=0, addr_reg=R.POSITION, count=self.tokens, bits=layout.bits, head_size=size,
+            base=self.map.value_base(layer, group), block_words=layout.value_block_words, row=place * size,
+            scale_base=self.map.value_scales(layer, head),
+        )  # fmt: skip
+
     def _kv_span(self, layer: int, kind: str, index: int) -> Span:
         return Span(f"{kind}{layer}", index, index + 1)
 
-    def _kv_quantise(self, layer: int, kind: str, place: int) -> None:
-        qkv = self.at.qkv
+    def _kv_quantise(self, layer: int, kind: str, head: int, vectors: int, stride: int) -> None:
+        """`vectors` vectors from a head of the first token on, `stride` words apart, into the append stream."""
+        kv = self.at.kv
+        place = head + (self.model.kv_heads if kind == "v" else 0)
         self.builder.emit(
-            Op.KVQUANT, f"layer {layer} quantise {kind}", [qkv.span()],
-            addr=qkv.at(offset=place * self.head_words), stride=qkv.words, count=self.model.head_size,
-            vectors=self.tokens, bits=self.map.kv_layout.bits,
+            Op.KVQUANT, f"layer {layer} quantise {kind}", [kv.span()],
+            addr=kv.at(offset=place * self.head_words), stride=stride, count=self.model.head_size,
+            vectors=vectors, bits=self.map.kv_layout.bits,
         )  # fmt: skip
 
     # --- attention
@@ -248,35 +271,36 @@ class Emitter:
         self._values(layer, *pending, first, count)
 
     def _quantise_all_queries(self, layer: int) -> None:
-        qkv, q8, scale = self.at.qkv, self.at.q8, self.at.q_scale
+        """Behind the rotation that wrote the same vectors."""
         self._emit_query(
-            f"layer {layer} queries", qkv.base, self.head_words, self.model.heads, q8.base, scale.base
-        )
+            f"layer {layer} queries", self.at.q.base, self.head_words, self.model.heads, self.at.q8.base,
+            self.at.q_scale.base, fresh=1,
+        )  # fmt: skip
 
     def _quantise_queries(self, layer: int, head: int, first: int, count: int) -> None:
         """Queries of one KV head, ordered token, then query head, as the array passes them."""
-        qkv, q8, scale, group = self.at.qkv, self.at.q8, self.at.q_scale, self.model.group
+        q, q8, scale, group = self.at.q, self.at.q8, self.at.q_scale, self.model.group
         note = f"layer {layer} queries of head {head}"
         offset = head * group * self.head_words
         if group == 1:
-            self._emit_query(
-                note, qkv.at(first, offset=offset), qkv.words, count, q8.at(buffer=head), scale.base
-            )
+            self._emit_query(note, q.at(first, offset=offset), q.words, count, q8.at(buffer=head), scale.base)
             return
         for t in range(count):
             self._emit_query(
-                f"{note}, token {first + t}", qkv.at(first + t, offset=offset), self.head_words, group,
+                f"{note}, token {first + t}", q.at(first + t, offset=offset), self.head_words, group,
                 q8.at(t * group, head), scale.at(t * group),
             )  # fmt: skip
 
-    def _emit_query(self, note: str, addr: int, stride: int, vectors: int, word: int, table: int) -> None:
+    def _emit_query(
+        self, note: str, addr: int, stride: int, vectors: int, word: int, table: int, fresh: int = 0
+    ) -> None:
         words = self.at.q8.words
         self.builder.emit(
-            Op.QUANT, note, [self.at.qkv.span()],
+            Op.QUANT, note, [self.at.q.span()],
             [Span("act", word, word + vectors * words), Span("table", table, table + vectors)],
             addr=addr, stride=stride, count=self.model.head_size, vectors=vectors,
             dst=word * GROUPS_PER_WORD, dst_stride=words * GROUPS_PER_WORD, table=table,
-            factor=self.score_scale.mantissa, exponent=self.score_scale.exponent,
+            fresh=fresh, factor=self.score_scale.mantissa, exponent=self.score_scale.exponent,
         )  # fmt: skip
 
     def _keys(self, layer: int, head: int, count: int) -> None:
@@ -402,24 +426,28 @@ def head_program(memory_map: MemoryMap, norms: Exponents, tokens: int) -> list[I
         vectors=1, fresh=1, dst=a8.base,
     )  # fmt: skip
     block_words = engine.lanes // engine.vector_lanes
-    per_block = matrix.words // -(-matrix.rows // engine.lanes)
-    blocks = logits.words // block_words
     total = -(-matrix.rows // engine.lanes)
-    for start in range(0, total, blocks):
-        count = min(blocks, total - start)
+    per_block = matrix.words // total
+    held = logits.words // block_words
+    aligned = max(1, WORD_BYTES // (4 * engine.lanes))
+    piece = min(held, -(-held // HEAD_PIECES // aligned) * aligned or held)
+    for start in range(0, total, piece):
+        count = min(piece, total - start)
         rows = min(matrix.rows - start * engine.lanes, count * engine.lanes)
+        # Pieces go round the buffer, so that one is written out while the next is computed.
+        dst = logits.base + start // piece % (held // piece) * piece * block_words
+        out = Span("vb", dst, dst + count * block_words)
         builder.emit(
             Op.LOAD, "head weights", addr=matrix.base + start * per_block, count=count * per_block, runs=1
         )
         builder.emit(
-            Op.MATRIX, "head", [a8.span(), table], [logits.span()], **_stream_fields(matrix.stream),
-            count=count, steps=matrix.inner // matrix.stream.codes.step, vectors=1, addr=a8.base,
-            dst=logits.base,
+            Op.MATRIX, "head", [a8.span(), table], [out], **_stream_fields(matrix.stream),
+            count=count, steps=matrix.inner // matrix.stream.codes.step, vectors=1, addr=a8.base, dst=dst,
         )  # fmt: skip
         builder.emit(
-            Op.WRITE, "logits", [logits.span()], [Span("logits", start, start + count)],
+            Op.WRITE, "logits", [out], [Span("logits", start, start + count)],
             addr=memory_map.regions["logits"].base + 4 * start * engine.lanes,
-            count=-(-rows // engine.vector_lanes), vectors=1, dst=logits.base,
+            count=-(-rows // engine.vector_lanes), vectors=1, dst=dst,
         )  # fmt: skip
     return builder.finish()
 

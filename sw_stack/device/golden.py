@@ -22,6 +22,8 @@ from sw_stack.device.state import EngineState
 from sw_stack.pack.image import Image
 
 Fields = dict[str, int]
+TOKEN_LIMIT = 15
+"""A dependency counter holds this many tokens; a unit that would give one more waits."""
 
 
 @dataclass
@@ -116,6 +118,9 @@ class GoldenDevice:
     def _ready(self, item: _Queued, tokens: list[list[int]], unit: Unit) -> bool:
         wants = (source for source in Unit if item.fields["wait"] >> source & 1)
         if not all(tokens[source][unit] for source in wants):
+            return False
+        gives = (target for target in Unit if item.fields["signal"] >> target & 1)
+        if any(tokens[unit][target] >= TOKEN_LIMIT for target in gives):
             return False
         return units.inputs_ready(self.state, item.op, item.fields)
 

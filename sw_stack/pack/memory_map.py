@@ -26,8 +26,9 @@ PAGE_BYTES = 4096
 """Regions start on AXI burst boundaries."""
 CHUNK_TOKENS = 16
 """Most tokens of one prefill pass, whose inputs have room in auxiliary memory."""
-FUSED = {"qkv": ("q", "k", "v"), "o": ("o",), "gateup": ("gate", "up"), "down": ("down",)}
-"""Matrices that one instruction computes: rows of their tensors behind each other."""
+FUSED = {"kv": ("k", "v"), "q": ("q",), "o": ("o",), "gateup": ("gate", "up"), "down": ("down",)}
+"""Matrices that one instruction computes: rows of their tensors behind each other. k and v come first, so that
+they are quantised and appended while q is computed."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ class MemoryMap:
     # --- channels
     @cached_property
     def matrices(self) -> dict[str, Matrix]:
-        """Every product by name (`layers.{i}.{qkv,o,gateup,down}`, `head`), in address order."""
+        """Every product by name (`layers.{i}.{kv,q,o,gateup,down}`, `head`), in address order."""
         found: dict[str, Matrix] = {}
         base = 0
         for name, sources, rows, inner, fmt in self._products():

@@ -102,7 +102,7 @@ def test_one_wrong_element_in_an_early_layer_changes_the_tokens(machine: MakeMac
     ids = prompt(SHAPE.vocab, 20)
     expected = made.golden.forward(ids, made.golden.new_cache(), last_only=True)[0]
     device = GoldenDevice(made.image)
-    matrix = made.image.map.matrices["layers.0.qkv"]
+    matrix = made.image.map.matrices["layers.0.q"]
     device.state.channels[0, matrix.base + 1, 0] ^= 3
     assert not torch.equal(made.session(device).forward(ids), expected)
 

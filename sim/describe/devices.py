@@ -188,6 +188,9 @@ class Fpga(Described):
     hbm_gb: Positive
     hbm_gb_per_s: Positive
     hbm_share: Share
+    hbm_channels: Count = assumed(32, "SIM-HBM")
+    hbm_access_bytes: Count = assumed(1024, "SIM-HBM-ACCESS")
+    hbm_outstanding: Count = assumed(16, "SIM-HBM-QD")
     port_bytes_per_cycle: Positive
     dsp_used: Count
     macs_per_cycle: Positive

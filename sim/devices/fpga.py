@@ -6,6 +6,7 @@ from golden.spec.formats import KV_FORMATS, WEIGHT_FORMATS
 from sim import measured
 from sim.describe.devices import Fpga
 from sim.describe.model import Model
+from sim.devices import hbm
 from sim.devices.limits import Bandwidth
 
 MATRIX_BLOCKS = ("engine_layer", "engine", "mv_core")
@@ -50,7 +51,8 @@ def stored_bytes(fpga: Fpga, model: Model) -> float:
 def memory_bandwidth(fpga: Fpga) -> Bandwidth:
     """HBM rate as the engine can take it."""
     limits = {
-        "hbm with refresh and row misses": fpga.hbm_gb_per_s * fpga.hbm_share,
+        **hbm.read_limits(fpga).limits,
+        "hbm share reached on the board": fpga.hbm_gb_per_s * fpga.hbm_share,
         "hbm ports at the engine clock": fpga.port_bytes_per_cycle * fpga.clock_mhz / 1e3,
     }
     return Bandwidth("hbm", limits)

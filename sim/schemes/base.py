@@ -43,9 +43,13 @@ class Scheme(ABC):
         self.bandwidths: list[Bandwidth] = []
         self.connect()
 
+    def plan(self) -> list[Residency]:
+        """Decide the placement (percentages) for the current workload; returns what it puts on each tier."""
+        return self.residency()
+
     def place(self) -> None:
-        """Decide placement (percentages, residency); raise CapacityError where it does not fit."""
-        for tier in self.residency():
+        """Plan, and raise CapacityError where a tier does not hold what the plan puts there."""
+        for tier in self.plan():
             if tier.used_gb > tier.capacity_gb:
                 raise CapacityError(self._excess(tier))
 
@@ -89,22 +93,22 @@ class Scheme(ABC):
         self.bandwidths.append(bandwidth)
 
     def _excess(self, tier: Residency) -> str:
-        over = tier.used_gb - tier.capacity_gb
-        fits = self._largest_batch(tier.tier)
+        over, asked = tier.used_gb - tier.capacity_gb, self.workload.batch
+        fits = self._largest_batch()
         remedy = f"a batch of {fits} would fit" if fits else "not even a batch of 1 fits"
         return (
-            f"scheme {self.name}: {self.model.name} at batch {self.workload.batch} needs {tier.used_gb:.1f} GB of "
+            f"scheme {self.name}: {self.model.name} at batch {asked} needs {tier.used_gb:.1f} GB of "
             f"{tier.tier}, {over:.1f} GB more than its {tier.capacity_gb:.1f} GB; {remedy}"
         )
 
-    def _largest_batch(self, tier: str) -> int:
-        """Largest batch whose use of `tier` fits, by bisection."""
+    def _largest_batch(self) -> int:
+        """Largest batch that fits every tier with a plan of its own, by bisection."""
         original, low, high = self.workload, 0, self.workload.batch
         while high - low > 1:
             middle = (low + high) // 2
             self.workload = original.model_copy(update={"batch": middle})
-            used = next(t for t in self.residency() if t.tier == tier)
-            low, high = (middle, high) if used.used_gb <= used.capacity_gb else (low, middle)
+            fits = all(t.used_gb <= t.capacity_gb for t in self.plan())
+            low, high = (middle, high) if fits else (low, middle)
         self.workload = original
         return low
 

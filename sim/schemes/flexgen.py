@@ -36,7 +36,7 @@ class FlexgenSsd(GpuScheme):
     store_path: ClassVar[tuple[str, ...]] = ("pcie from gpu", "host dram", "ssd write")
     kv_tier: ClassVar[str] = "drives"
 
-    def place(self) -> None:
+    def plan(self) -> list[Residency]:
         """Percentages: the user's, or as much on the GPU as fits beside the working set."""
         free = self.gpu_capacity_gb * USABLE_SHARE * GB - self._working_bytes()
         weights, kv = self.tuning.weights_gpu_percent, self.tuning.kv_gpu_percent
@@ -45,7 +45,7 @@ class FlexgenSsd(GpuScheme):
         left = free - (1 - self.weights_host_share) * self.model.weight_bytes
         steps = int(max(left, 0.0) / self._kv_bytes() / KV_GRAIN + 1e-9)
         self.kv_gpu_share = min(1.0, steps * KV_GRAIN) if kv is None else kv / 100
-        super().place()
+        return self.residency()
 
     def _kv_bytes(self) -> float:
         return self.workload.batch * self.workload.total_tokens * self.model.kv_bytes_per_token

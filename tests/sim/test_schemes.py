@@ -1,12 +1,14 @@
 """Schemes: hand-computable limits, capacity errors that say what fits, and results that serialise."""
 
 import json
+import re
 
 import pytest
 
 from sim.api import bind, evaluate, simulate
+from sim.core.graph import Graph
 from sim.describe.base import CapacityError, ConfigError
-from sim.describe.workload import Workload
+from sim.describe.workload import Tuning, Workload
 from sim.result import RunResult
 from sim.timeline import perfetto
 
@@ -15,7 +17,20 @@ CASES = [
     ("reference", "opt-13b", "flexgen-ssd", 64),
     ("reference", "opt-13b", "csd-dense", 64),
     ("instinfer", "opt-13b", "csd-dense", 64),
+    ("reference", "opt-13b", "gpu-recompute", 64),
+    ("reference", "opt-13b", "zero-inference", 16),
+    ("reference", "opt-13b", "zero-inference", 32),
+    ("reference", "opt-13b", "flexgen-dram", 32),
+    ("reference", "opt-13b", "flexgen-gds", 16),
+    ("reference", "opt-13b", "flexgen-sparq", 32),
+    ("reference", "opt-13b", "csd-sparf", 64),
+    ("instinfer", "opt-13b", "csd-sparf", 256),
     ("reference", "llama-2-7b", "fpga", 1),
+    ("reference", "llama-2-7b", "fpga", 16),
+    ("accllm", "llama-2-7b", "fpga", 1),
+    ("reference", "llama-2-7b", "fpga+csd", 2),
+    ("h100-server", "qwen2.5-14b", "csd-sparf", 32),
+    ("h100-server", "llama-3.1-8b", "gpu-resident", 32),
 ]
 
 
@@ -73,6 +88,88 @@ def test_fpga_decode_meets_the_published_traffic_bound(calibration):
     # reference/accllm.md section 5: 231 token/s at 460 GB/s and a 1,024-token cache; the preset derates HBM to 0.7.
     result = simulate("accllm", "llama-2-7b", "fpga", Workload(batch=1, input_tokens=1024, output_tokens=1))
     assert result.decode_tokens_per_s == pytest.approx(231 * 0.7, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "machine", "batch", "changes", "tier"),
+    [
+        ("gpu-resident", "reference", 64, {}, "GPU memory"),
+        ("flexgen-dram", "reference", 128, {}, "host memory"),
+        ("flexgen-ssd", "reference", 128, {"ssd.capacity_gb": 64.0}, "drives"),
+        ("zero-inference", "reference", 256, {"ssd.capacity_gb": 64.0}, "host memory and swap"),
+        ("csd-dense", "reference", 128, {"csd.capacity_gb": 64.0}, "computational drives"),
+        ("csd-sparf", "reference", 256, {"csd.buffer_gb": 2.0}, "drive buffers"),
+        ("fpga", "reference", 64, {}, "FPGA HBM"),
+    ],
+)
+def test_every_tier_refuses_what_it_cannot_hold_and_the_batch_it_names_fits(
+    calibration, scheme, machine, batch, changes, tier
+):
+    with pytest.raises(CapacityError, match=f"GB of {tier}, .* more than its") as caught:
+        simulate(machine, "opt-13b", scheme, Workload(batch=batch), overrides=changes)
+    fits = int(re.search(r"a batch of (\d+) would fit", str(caught.value))[1])
+    bind(machine, "opt-13b", scheme, Workload(batch=fits), changes)
+    with pytest.raises(CapacityError):
+        bind(machine, "opt-13b", scheme, Workload(batch=fits + 1), changes)
+
+
+def test_drives_behind_one_uplink_stop_scaling(calibration):
+    rates = []
+    for drives in (1, 4):
+        changes = {"csd_count": drives, "drive_uplink": "pcie3-x4"}
+        run = simulate("reference", "opt-13b", "csd-dense", Workload(batch=64), overrides=changes)
+        rates.append(next(b for b in run.bandwidths if b["what"] == "to drives"))
+    assert rates[0]["gb_per_s"] == rates[1]["gb_per_s"]
+    assert rates[1]["binding"] == "drive uplink"
+
+
+def test_sparf_at_full_density_reads_all_tokens(calibration):
+    work = Workload(batch=16, sparsity=1.0)
+    dense, sparse = (simulate("reference", "opt-13b", s, work) for s in ("csd-dense", "csd-sparf"))
+    # All channels and all tokens: the exact step reads K and V once, the approximate step K once more.
+    assert sparse.bytes_per_token["csd flash"] == pytest.approx(1.5 * dense.bytes_per_token["csd flash"])
+
+
+def test_what_a_wider_window_keeps_in_hbm_the_drives_need_not_read(calibration):
+    work = Workload(batch=1, input_tokens=3000, output_tokens=64)
+    moved = []
+    for window in (252, 1020, 2996):
+        run = simulate("reference", "llama-2-7b", "fpga+csd", work, overrides={"fpga.window_tokens": window})
+        moved.append(run.bytes_per_token["csd flash"])
+    assert moved == sorted(moved, reverse=True)
+
+
+def test_lockstep_recomputation_costs_a_prefill_per_token(calibration):
+    work = Workload(batch=64)
+    once, each = (
+        simulate("reference", "opt-13b", "gpu-recompute", work, tuning=Tuning(recompute_quantum_tokens=q))
+        for q in (1024, 1)
+    )
+    assert each.breakdown_s["recompute"] / once.breakdown_s["recompute"] == pytest.approx(1024, rel=0.01)
+
+
+def test_host_memory_exceeded_collapses_throughput(calibration):
+    fits, swaps = (simulate("reference", "opt-13b", "zero-inference", Workload(batch=b)) for b in (16, 32))
+    assert not fits.policy["swapping"]
+    assert swaps.policy["swapping"]
+    assert swaps.bottleneck == "swap in"
+    assert fits.tokens_per_s / swaps.tokens_per_s > 10
+
+
+def test_cost_of_a_run_does_not_grow_with_context_or_drives(calibration):
+    counts = []
+    for context, drives in ((1024, 1), (100_000, 1), (1024, 8)):
+        bound = bind(
+            "h100-server",
+            "llama-3.1-8b",
+            "csd-dense",
+            Workload(batch=8, input_tokens=context),
+            {"csd_count": drives},
+        )
+        graph = Graph()
+        bound.decode(graph, context, 5)
+        counts.append(len(graph.tasks))
+    assert len(set(counts)) == 1
 
 
 def test_capacity_errors_say_limit_excess_and_what_fits(calibration):

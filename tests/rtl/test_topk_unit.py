@@ -1,0 +1,20 @@
+"""The default top-k unit as Verilog under Verilator."""
+
+import pytest
+
+from hw.flow import cocotb_run
+from hw.storage.topk.unit import TopK
+
+pytestmark = pytest.mark.rtl
+BENCH = "tests.rtl.topk_unit_bench"
+
+
+def test_scores_of_every_kind():
+    assert cocotb_run.run(TopK(), "topk", BENCH, extra_env={"TOPK_SIZES": "1 17 600"}) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_scores_of_every_kind_up_to_32k(seed):
+    env = {"TOPK_SIZES": "4 333 4096 32767 32768", "TOPK_SEED": str(seed)}
+    assert cocotb_run.run(TopK(), "topk", BENCH, extra_env=env) == 4

@@ -32,6 +32,11 @@ def operands(lanes: int, tag) -> data.StructLayout:
     return data.StructLayout({"a": words, "b": words, "tag": tag})
 
 
+def remembered(granted, grant, complete):
+    """Next state of "this request has its word from this port"."""
+    return (granted | grant) & ~complete
+
+
 class Fetch(wiring.Component):
     """Requests in, operand words out, in order, one per cycle while both ports grant.
 
@@ -88,7 +93,7 @@ class Fetch(wiring.Component):
             self.o.p[name].as_value().eq(queue.o.payload),
             queue.o.ready.eq(leaves),
         ]
-        m.d.sync += [arriving.eq(grant), granted.eq((granted | grant) & ~complete)]
+        m.d.sync += [arriving.eq(grant), granted.eq(remembered(granted, grant, complete))]
         return queue.o, granted | grant | ~wanted
 
 

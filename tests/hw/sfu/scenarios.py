@@ -53,8 +53,9 @@ class Case:
         stride_b = 0 if self.shared_b else self.stride
         for v in range(1 if self.shared_b else self.vectors):
             machine.load(B + v * stride_b, self.y[v])
-        # What lies behind the last element must not matter, nor be overwritten.
-        self.before = machine.read(DST, 600)
+        # What lies behind the last element must not matter, nor be overwritten; a result may replace its operand.
+        self.dst = A if rng.random() < 0.25 else DST
+        self.before = machine.read(self.dst, 600)
         self.table = rng.randint(0, machine.config.table_entries - self.vectors)
         self.group = rng.randint(0, 100)
         self.group_stride = -(-self.count // 32) + rng.choice([0, 2])
@@ -67,7 +68,7 @@ class Case:
             stride=self.stride,
             addr_b=B,
             stride_b=stride_b,
-            dst=self.group if grouped else DST,
+            dst=self.group if grouped else self.dst,
             dst_stride=self.group_stride if grouped else self.stride,
             table=self.table,
             **self.fields,
@@ -131,7 +132,7 @@ class Case:
         for v in range(self.vectors):
             at = v * self.stride * self.lanes
             want[at : at + self.count] = self.result(v)
-        got = machine.read(DST, len(self.before))
+        got = machine.read(self.dst, len(self.before))
         for k, (g, w) in enumerate(zip(got, want)):
             assert g == w, f"{self.op.name}: element {k} of {self.vectors} x {self.count}, {self.fields}"
 

@@ -1,6 +1,8 @@
 """The closed forms of `hw.engine.sfu.timing` against cycles counted on the RTL."""
 
 import random
+import re
+from pathlib import Path
 
 import pytest
 
@@ -66,3 +68,28 @@ def test_max_plus_sequences_equal_their_recurrence():
         for v in range(1, 20):
             start = max(arrivals.of(v), start + service)
             assert arrivals.served(service).of(v) == start
+
+
+def test_the_cycles_in_the_documentation_are_the_closed_form():
+    text = (Path(__file__).parents[3] / "docs" / "sfu.md").read_text()
+    rows = re.findall(r"^\| ([A-Z]+) \| (\d+) \| (\d+) \| (yes|no) \| (\d+) \|$", text, re.M)
+    assert len(rows) > 10
+    for name, count, vectors, fresh, cycles in rows:
+        got = instruction_cycles(Op[name], 16, int(count), int(vectors), fresh=fresh == "yes")
+        assert got == int(cycles), f"{name} of {vectors} x {count}"
+
+
+def test_a_smollm2_layer_outside_products_and_softmax_is_within_its_budget():
+    """Hidden 576, FFN 1536, 9 query and 3 KV heads of 64: every operation of a decode step, nothing hidden."""
+    hidden, ffn, heads, kv_heads, size, lanes = 576, 1536, 9, 3, 64, 16
+    layer = [
+        *2 * [(Op.NORM, hidden, 1, False), (Op.QUANT, hidden, 1, True)],
+        *[(Op.ROPE, size, heads, False), (Op.QUANT, size, heads, True)],
+        *[
+            (Op.ROPE, size, kv_heads, False),
+            (Op.KVQUANT, size, kv_heads, True),
+            (Op.KVQUANT, size, kv_heads, False),
+        ],
+        *[(Op.QUANT, hidden, 1, False), (Op.GATE, ffn, 1, False), (Op.QUANT, ffn, 1, True)],
+    ]
+    assert sum(instruction_cycles(op, lanes, n, v, fresh=fresh) for op, n, v, fresh in layer) <= 1300

@@ -116,18 +116,21 @@ def _system(machine: str, progress: Progress) -> StageResult:
         from sw_stack.report.page import svg
 
         results, refused = system.sweep(machine, progress)
-        best = system.best_of_each(results)
-        figures = {f"throughput {m}": svg(plots.throughput_over_batch([r for r in results if r.model == m]))
-                   for m in dict.fromkeys(r.model for r in results)}  # fmt: skip
-        figures["breakdown"] = svg(plots.breakdown(best))
+        chosen = system.compared(results)
+        figures = {}
+        for name in dict.fromkeys(r.model for r in results):
+            figure = plots.throughput_over_batch([r for r in results if r.model == name])
+            figure.axes[0].set_title(name)
+            figures[f"throughput {name}"] = svg(figure)
+        figures["breakdown"] = svg(plots.breakdown(chosen))
         (directory / "figures.json").write_text(json.dumps(figures))
-        (directory / "timeline.json").write_text(json.dumps(perfetto(best[0])))
+        (directory / "timeline.json").write_text(json.dumps(perfetto(chosen[0])))
         return {
-            "rows": [_row(r) for r in best],
+            "rows": [_row(r) for r in chosen],
             "all": [_row(r) for r in results],
             "refused": refused,
-            "assumptions": system.used_assumptions(best),
-            "timeline_of": f"{best[0].scheme}, {best[0].model}, batch {best[0].batch}",
+            "assumptions": system.used_assumptions(chosen),
+            "timeline_of": f"{chosen[0].scheme}, {chosen[0].model}, batch {chosen[0].batch}",
         }
 
     return run_stage("system", inputs, produce)
@@ -193,7 +196,11 @@ def _context(summary: Mapping[str, Any], figures: Mapping[str, str]) -> dict[str
     ]
     return {
         **{key: summary[key] for key in ("generated", "accuracy", "rtl")},
-        "system": {"rows": summary["system"]["rows"], "refused": refused},
+        "system": {
+            "rows": summary["system"]["rows"],
+            "refused": refused,
+            "compared_batch": system.COMPARED_BATCH,
+        },
         "calibration": "; ".join(summary["rtl"]["calibration"]) or "committed tables in sim/calibration/",
         "assumptions": summary["system"]["assumptions"],
         "provenance": [{"what": key, "value": value} for key, value in summary["provenance"].items()],
@@ -202,7 +209,7 @@ def _context(summary: Mapping[str, Any], figures: Mapping[str, str]) -> dict[str
             "timing": "Handshakes of the matrix unit (tiny configuration, W4, 32 x 128), recorded in simulation: a word "
             "of every channel per cycle; channel 0 withholds its word for four cycles in the middle.",
             "throughput": "Throughput over batch, 1,024 tokens in and 1,024 out; a line ends where memory does.",
-            "breakdown": "Share of decode time by category, each scheme at its best batch.",
+            "breakdown": "Share of decode time by category, at the batch of the table.",
         },
         "timeline": timeline,
         "extras": [],

@@ -206,8 +206,8 @@ def _context(summary: Mapping[str, Any], figures: Mapping[str, str]) -> dict[str
         "provenance": [{"what": key, "value": value} for key, value in summary["provenance"].items()],
         "figures": figures,
         "captions": {
-            "timing": "Handshakes of the matrix unit (tiny configuration, W4, 32 x 128), recorded in simulation: a word "
-            "of every channel per cycle; channel 0 withholds its word for four cycles in the middle.",
+            "timing": "Handshakes of the matrix unit (tiny configuration, W4, 32 x 128), recorded in simulation: a "
+            "word of every channel per cycle; channel 0 withholds its word for four cycles in the middle.",
             "throughput": "Throughput over batch, 1,024 tokens in and 1,024 out; a line ends where memory does.",
             "breakdown": "Share of decode time by category, at the batch of the table.",
         },

@@ -1,4 +1,4 @@
-"""The foundation's two blocks on their own: share of cycles with a weight beat, and an attention head over its bound."""
+"""The two basic blocks on their own: cycles with a weight beat, and an attention head over its bound."""
 
 from typing import Any
 

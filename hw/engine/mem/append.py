@@ -1,385 +1,305 @@
-"""The APPEND unit: quantised K and V vectors into their places in the channels.
+"""The APPEND unit: quantised K and V vectors into the KV cache, where `golden.spec.engine.KVLayout` says."""
 
-A key's row lies in one channel: its words are written with byte strobes. A value's elements lie in all channels of its
-head, two bits per plane inside words that hold 32 slots: those words are read from all channels at once, changed one
-channel after the other and written back.
-"""
-
-from amaranth import Cat, Const, Module, Mux, Signal, Value, unsigned
-from amaranth.lib import data, stream, wiring
+from amaranth import Array, Cat, Module, Mux, ResetInserter, Signal, Value
+from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from golden.spec.engine import STEP, WORD_BITS, WORD_BYTES, EngineConfig, Error
+from golden.spec.memory import CHANNEL_BYTES
 from hw.engine.interfaces import AppendOp, kv_record, unit_port
-from hw.engine.mem.axi import BURST_INCR, OKAY, axi_read, axi_write
-from hw.engine.mem.channels import ADDR_BITS
-from hw.lib.memories import TypedMemory
+from hw.engine.mem.append_ports import (
+    ADDR_BITS,
+    PIECES,
+    TILE_WORDS,
+    WORD_SIZE,
+    TileReader,
+    WordWriter,
+    word_write,
+)
+from hw.engine.mem.axi import axi_read, axi_write
+from hw.lib.streams import connect
 
-OFFSET_BITS = WORD_BYTES.bit_length() - 1
 HEAD_MAX = 256
-IN_FLIGHT = 64
-"""Writes whose answers may be outstanding."""
 
 
 class AppendUnit(wiring.Component):
-    """Executes `AppendOp`s one at a time, vector by vector as the `kv` stream delivers them.
+    """Executes `AppendOp`s, one at a time: takes `count` vectors from `kv` and writes each to its slot.
 
-    `read[c]`, `write[c]`: the weight channels, single words; `aux`: V scale records. `done` comes when memory has
-    answered the last write, so that every later read sees the data. Errors, sticky until `clear`: `SHAPE` (a vector of
-    another length than `head_size`, or a head size that is no multiple of 32), `BUS`. `abort` stops before the next word;
-    hold it until `idle`.
+    K: one scale record and `head_size / 32 * bits / 2` pieces of 8 bytes with byte strobes, no read. V: two bits per
+    row and plane, so each word that the slot's tile spans is read, changed and written; all channels of a row block
+    are read at once. The V scale record goes to auxiliary memory. Reads wait for the responses of earlier writes,
+    since they may share bytes. `done` when every response has arrived: from then on a LOAD sees the vectors.
+
+    Timing of K, nothing stalling, write latency Lw (data accepted to response): `key_cycles` from an op's transfer to
+    `done`. V adds a read latency and two responses per vector and row block.
+
+    `unit.error` is `Error.SHAPE` (bits, head size, row, count, a vector of another length than the op's), `ADDRESS`
+    (beyond the channel, or a misaligned scale record) or `BUS`, and stays until reset. On an error or `abort` the unit
+    finishes what is on the buses and drops the rest; hold `abort` until `idle`, then reset.
+
+    Raises ValueError for a configuration whose lanes or vector beats do not fit the layout.
     """
 
-    def __init__(self, config: EngineConfig):
-        if config.lanes & (config.lanes - 1):
+    def __init__(self, config: EngineConfig, *, channel_bytes: int = CHANNEL_BYTES):
+        if config.lanes & (config.lanes - 1) or PIECES % config.lanes_per_channel:
+            raise ValueError(f"Appending needs a power of two of lanes, not {config.lanes}")
+        if STEP % config.vector_lanes or config.vector_lanes % config.lanes_per_channel:
             raise ValueError(
-                f"slots divide by the lanes with a shift, so lanes must be a power of two, not {config.lanes}"
+                f"A beat must hold a channel's lanes and divide {STEP}, not {config.vector_lanes}"
+            )
+        if channel_bytes % WORD_BYTES or not 0 < channel_bytes <= 1 << ADDR_BITS:
+            raise ValueError(
+                f"A channel holds whole words up to {1 << ADDR_BITS} bytes, not {channel_bytes!r}"
             )
         self._config = config
-        self._plane_bits = config.lanes_per_channel * STEP * 2
-        self._per_word = WORD_BITS // self._plane_bits
+        self._sequencer = Sequencer(config, channel_bytes // WORD_BYTES)
+        channels = config.channels
         super().__init__(
             {
                 "unit": In(unit_port(AppendOp)),
                 "kv": In(stream.Signature(kv_record(config))),
-                "read": Out(axi_read(ADDR_BITS, WORD_BITS)).array(config.channels),
-                "write": Out(axi_write(ADDR_BITS, WORD_BITS)).array(config.channels),
-                "aux": Out(axi_write(ADDR_BITS, WORD_BITS)),
+                "axi_read": Out(axi_read(ADDR_BITS, WORD_BITS)).array(channels),
+                "axi_write": Out(axi_write(ADDR_BITS, WORD_BITS)).array(channels),
+                "aux_write": Out(axi_write(ADDR_BITS, WORD_BITS)),
                 "abort": In(1),
-                "clear": In(1),
                 "idle": Out(1),
+            }
+        )
+
+    def key_cycles(self, head_size: int, bits: int, count: int, write_latency: int) -> int:
+        """Cycles from an op's transfer to `done` for K vectors, when `kv` never waits and nothing stalls."""
+        beats, writes = head_size // self._config.vector_lanes, 1 + head_size // STEP * bits // 2
+        return 2 + count * (beats + 2 + writes + 1) + write_latency
+
+    def elaborate(self, platform):
+        m = Module()
+        channels = self._config.channels
+        sequencer = self._sequencer
+        error = Signal(4)
+        failed = error != Error.NONE
+        m.submodules.sequencer = ResetInserter(self.abort | failed)(sequencer)
+        m.submodules.writer = writer = WordWriter(channels + 1)
+        m.submodules.reader = reader = TileReader(channels)
+        running = ~self.abort & ~failed
+        for n in range(channels):
+            connect(m, reader.axi[n], wiring.flipped(self.axi_read[n]))
+            connect(m, writer.axi[n], wiring.flipped(self.axi_write[n]))
+        connect(m, writer.axi[channels], wiring.flipped(self.aux_write))
+        m.d.comb += [
+            sequencer.op.payload.eq(self.unit.op.payload),
+            sequencer.op.valid.eq(self.unit.op.valid & running),
+            self.unit.op.ready.eq(sequencer.op.ready & running),
+            Value.cast(sequencer.kv.payload).eq(Value.cast(self.kv.payload)),
+            sequencer.kv.valid.eq(self.kv.valid & running),
+            self.kv.ready.eq(sequencer.kv.ready & running),
+            writer.i.payload.eq(sequencer.o.payload),
+            writer.i.valid.eq(sequencer.o.valid & running),
+            sequencer.o.ready.eq(writer.i.ready & running),
+            sequencer.written.eq(writer.quiet),
+            reader.go.eq(sequencer.go & running),
+            reader.mask.eq(sequencer.mask),
+            reader.addr.eq(sequencer.word << WORD_SIZE),
+            reader.words.eq(sequencer.words),
+            reader.byte.eq(sequencer.byte),
+            reader.part.eq(sequencer.part),
+            self.unit.done.eq(sequencer.done & running),
+            self.unit.error.eq(error),
+            self.idle.eq(sequencer.op.ready & writer.quiet & reader.quiet),
+        ]
+        for n in range(channels):
+            m.d.comb += [sequencer.got[n].eq(reader.got[n]), sequencer.old[n].eq(reader.old[n])]
+        with m.If(~failed):
+            m.d.sync += error.eq(Mux(writer.bad | reader.bad, Error.BUS, Mux(self.abort, 0, sequencer.error)))
+        return m
+
+
+class Sequencer(wiring.Component):
+    """Control of the APPEND unit: collects a vector, works out its words, and emits them one after the other.
+
+    `error` is valid for one cycle; its owner resets the sequencer then.
+    """
+
+    def __init__(self, config: EngineConfig, channel_words: int):
+        self._config = config
+        self._channel_words = channel_words
+        channels = config.channels
+        super().__init__(
+            {
+                "op": In(stream.Signature(AppendOp)),
+                "kv": In(stream.Signature(kv_record(config))),
+                "o": Out(stream.Signature(word_write(channels + 1))),
+                "written": In(1),
+                "go": Out(1),
+                "mask": Out(channels),
+                "word": Out(ADDR_BITS),
+                "words": Out(range(TILE_WORDS + 1)),
+                "byte": Out(range(PIECES)),
+                "part": Out(range(TILE_WORDS)),
+                "got": In(range(TILE_WORDS + 1)).array(channels),
+                "old": In(8 * PIECES).array(channels),
+                "done": Out(1),
+                "error": Out(4),
             }
         )
 
     def elaborate(self, platform):
         m = Module()
-        config = self._config
-        self.op = op = Signal(AppendOp)
-        self.row, self.left, self.slot = (
-            Signal(range(HEAD_MAX // config.vector_lanes + 1)),
-            Signal(8),
-            Signal(16),
-        )
-        self.scale, self.minimum = Signal(16), Signal(16)
-        self.word, self.strobes, self.at = Signal(WORD_BITS), Signal(WORD_BYTES), Signal(ADDR_BITS)
-        self.target, self.to_aux = Signal(range(max(2, config.channels))), Signal()
-        self.wide, self.reading = Signal(), Signal()
-        self.value_begin, self.value_end = (
-            Signal(range(config.channels + 1), name=f"value_{n}") for n in ("begin", "end")
-        )
-        self.value_next, self.values_left = Signal(), Signal()
-        m.d.comb += self.wide.eq(op.bits == 8)
-        m.submodules.codes = self.codes = TypedMemory(
-            unsigned(8 * config.vector_lanes), HEAD_MAX // config.vector_lanes, asynchronous_read=True
-        )
-        pending = self._writes(m)
-        captured, all_captured = self._reads(m)
-        with m.FSM(name="append"):
-            self._idle(m)
-            self._collect(m)
-            self._keys(m)
-            self._values(m, captured, all_captured, pending)
-            self._send(m, pending)
+        config, lanes = self._config, self._config.lanes_per_channel
+        op, slot, left = Signal(AppendOp), Signal(16), Signal(8)
+        codes = Signal(8 * HEAD_MAX)
+        record = Signal(32)  # scale low, minimum high
+        beat = Signal(range(HEAD_MAX // config.vector_lanes))
+        span = Signal(9)
+        index = Signal(range(1 + HEAD_MAX // STEP * 4))
+        group, channel, start = Signal(8), Signal(range(config.channels)), Signal(range(config.channels))
+        eight = op.bits == 8
+        steps, groups = op.head_size // STEP, op.head_size // lanes
+        lane_pieces = Mux(eight, 4 * lanes, 2 * lanes)  # pieces of a step in a channel
+        key_words = (1 + (steps * lane_pieces + PIECES - 1) // PIECES)[:8]
+        m.d.comb += [
+            self.words.eq(Mux(lane_pieces < PIECES, 1, lane_pieces // PIECES)),
+            self.byte.eq(slot[2:5]),
+        ]
+        state = {"op": op, "slot": slot, "codes": codes, "eight": eight, "lane_pieces": lane_pieces}
+
+        with m.FSM(init="IDLE"):
+            with m.State("IDLE"):
+                m.d.comb += self.op.ready.eq(1)
+                with m.If(self.op.valid):
+                    want = self.op.payload
+                    m.d.sync += [op.eq(want), slot.eq(want.addr), left.eq(want.count), beat.eq(0)]
+                    m.next = "CHECK"
+            with m.State("CHECK"):
+                m.next = "FILL"
+                with m.If(self._bad_shape(op)):
+                    m.d.comb += self.error.eq(Error.SHAPE)
+                with m.Elif(op.values & op.scale_base[:2].any()):
+                    m.d.comb += self.error.eq(Error.ADDRESS)
+            with m.State("FILL"):
+                m.d.comb += self.kv.ready.eq(1)
+                ends = beat + 1 == op.head_size // config.vector_lanes
+                with m.If(self.kv.valid):
+                    taken = self.kv.payload
+                    m.d.sync += [
+                        codes.word_select(beat, 8 * config.vector_lanes).eq(Value.cast(taken.codes)),
+                        record.eq(Cat(taken.scale, taken.minimum)),
+                        beat.eq(Mux(ends, 0, beat + 1)),
+                    ]
+                    with m.If(ends):
+                        m.next = "PLACE"
+                    with m.If(taken.last != ends):
+                        m.d.comb += self.error.eq(Error.SHAPE)
+            with m.State("PLACE"):
+                block = slot >> (config.lanes.bit_length() - 1)
+                tile = ((slot // STEP) * lane_pieces) // PIECES
+                m.d.sync += [
+                    self.word.eq(op.base + Mux(op.values, tile, block * key_words)),
+                    span.eq(Mux(op.values, self.words, key_words)),
+                    start.eq(op.row // lanes),
+                    group.eq(0),
+                    index.eq(0),
+                ]
+                m.next = "RANGE"
+            with m.State("RANGE"):
+                with m.If(self.word + span > self._channel_words):
+                    m.d.comb += self.error.eq(Error.ADDRESS)
+                with m.If(op.values):
+                    m.next = "READ"
+                with m.Else():
+                    m.next = "KEY"
+            with m.State("KEY"):
+                self._key(m, **state, index=index, record=record)
+                with m.If(self.o.ready):
+                    m.d.sync += index.eq(index + 1)
+                    with m.If(index == steps * Mux(eight, 4, 2)):
+                        m.next = "NEXT"
+            with m.State("READ"):
+                for c in range(config.channels):
+                    m.d.comb += self.mask[c].eq((start <= c) & (c - start + group < groups))
+                m.d.sync += [channel.eq(start), self.part.eq(0)]
+                with m.If(self.written):
+                    m.d.comb += self.go.eq(1)
+                    m.next = "CHANGE"
+            with m.State("CHANGE"):
+                arrived = Array(self.got)[channel] > self.part
+                self._value(m, **state, channel=channel, group=group, arrived=arrived)
+                with m.If(self.o.valid & self.o.ready):
+                    m.d.sync += self.part.eq(self.part + 1)
+                    with m.If(self.part + 1 == self.words):
+                        m.d.sync += [self.part.eq(0), channel.eq(channel + 1), group.eq(group + 1)]
+                        with m.If(group + 1 == groups):
+                            m.next = "SCALE"
+                        with m.Elif(channel == config.channels - 1):
+                            m.d.sync += [self.word.eq(self.word + op.block_words), start.eq(0)]
+                            m.next = "RANGE"
+            with m.State("SCALE"):
+                at = Signal(ADDR_BITS)
+                m.d.comb += at.eq(op.scale_base + 4 * slot)
+                self._emit(m, config.channels, at[WORD_SIZE:], record.replicate(16), 0xF << (at[2:6] << 2))
+                with m.If(self.o.ready):
+                    m.next = "NEXT"
+            with m.State("NEXT"):
+                m.d.sync += [left.eq(left - 1), slot.eq(slot + 1)]
+                with m.If(left == 1):
+                    m.next = "DRAIN"
+                with m.Else():
+                    m.next = "FILL"
+            with m.State("DRAIN"), m.If(self.written):
+                m.d.comb += self.done.eq(1)
+                m.next = "IDLE"
         return m
 
-    # --- states
-    def _idle(self, m):
-        with m.State("IDLE"):
-            m.d.comb += self.unit.op.ready.eq(~self.abort & (self.unit.error == 0))
-            with m.If(self.unit.op.valid & self.unit.op.ready):
-                m.d.sync += [Value.cast(self.op).eq(Value.cast(self.unit.op.payload))]
-                m.d.sync += [
-                    self.slot.eq(self.unit.op.p.addr),
-                    self.left.eq(self.unit.op.p.count),
-                    self.row.eq(0),
-                ]
-                m.next = "COLLECT"
-                with m.If((self.unit.op.p.head_size[:5] != 0) | (self.unit.op.p.count == 0)):
-                    m.d.sync += self.unit.error.eq(Error.SHAPE)
-                    m.next = "IDLE"
+    def _bad_shape(self, op):
+        bad_bits = (op.bits != 4) & (op.bits != 8)
+        bad_head = op.head_size[:5].any() | (op.head_size == 0) | (op.head_size > HEAD_MAX)
+        bad_row = (op.row % self._config.lanes_per_channel != 0) | (op.row >= self._config.lanes)
+        return bad_bits | bad_head | (op.values & bad_row) | (op.count == 0)
 
-    def _collect(self, m):
-        """One vector into the code memory; its scale record is that of its last beat."""
-        shift = (self._config.vector_lanes - 1).bit_length()
-        with m.State("COLLECT"):
-            m.d.comb += self.kv.ready.eq(~self.abort)
-            with m.If(self.kv.valid & self.kv.ready):
-                m.d.comb += self.codes.w.en.eq(1)
-                m.d.sync += [
-                    self.row.eq(self.row + 1),
-                    self.scale.eq(self.kv.p.scale),
-                    self.minimum.eq(self.kv.p.minimum),
-                ]
-                ends = self.row == (self.op.head_size >> shift) - 1
-                with m.If(ends != self.kv.p.last):
-                    m.d.sync += self.unit.error.eq(Error.SHAPE)
-                    m.next = "IDLE"
-                with m.Elif(ends):
-                    m.d.sync += self.row.eq(0)
-                    with m.If(self.op.values):
-                        m.next = "VALUES"
-                    with m.Else():
-                        m.next = "KEY_SCALE"
-            with m.If(self.abort):
-                m.next = "IDLE"
-        m.d.comb += [self.codes.w.addr.eq(self.row), self.codes.w.data.eq(Value.cast(self.kv.p.codes))]
-
-    def _keys(self, m):
-        """The scale word, then the code words; a word is gathered piece by piece (a step and plane of the row)."""
-        config, op = self._config, self.op
-        lanes, per_word = config.lanes_per_channel, self._per_word
-        lane = self.slot[: (config.lanes - 1).bit_length()]
-        within = lane[: (lanes - 1).bit_length()]
-        channel = lane >> (lanes - 1).bit_length()
-        block = self.slot >> (config.lanes - 1).bit_length()
-        steps = op.head_size >> 5
-        pieces = Mux(self.wide, steps << 2, steps << 1)
-        words = Signal(8)
-        m.d.comb += words.eq(1 + ((pieces + per_word - 1) >> (per_word - 1).bit_length()))
-        base = Signal(ADDR_BITS)
-        m.d.comb += base.eq(op.base + block * words)
-        halves = STEP // config.vector_lanes
-        half, place, plane = Signal(range(halves)), Signal(range(max(2, per_word))), Signal(2)
-        step, piece_words = Signal(4), Signal(8)
-        gathered = Signal(data.ArrayLayout(2 * STEP, per_word))
-        self.key_more = Signal()
-        m.d.comb += self.key_more.eq(step != steps)
-        with m.State("KEY_SCALE"):
-            m.d.sync += [
-                self.word.eq(Cat(self.scale, self.minimum).replicate(WORD_BITS // 32)),
-                self.strobes.eq(Const(15, WORD_BYTES) << (within << 2)),
-                self.at.eq(base),
-                self.target.eq(channel),
-                self.to_aux.eq(0),
-                *(x.eq(0) for x in (half, place, plane, step)),
-                piece_words.eq(1),
-            ]
-            m.next = "SEND"
-        with m.State("KEY_CODES"):
-            codes = self.codes.r[0].data
-            m.d.comb += self.codes.r[0].addr.eq(step * halves + half)
-            two = Cat(codes.word_select(i, 8).bit_select(plane << 1, 2) for i in range(config.vector_lanes))
-            for p in range(per_word):
-                for h in range(halves):
-                    with m.If((place == p) & (half == h)):
-                        m.d.sync += gathered[p].word_select(h, 2 * config.vector_lanes).eq(two)
-            last_half, last_plane = half == halves - 1, plane == Mux(self.wide, 3, 1)
-            m.d.sync += half.eq(half + 1)
-            with m.If(last_half):
-                m.d.sync += [half.eq(0), plane.eq(Mux(last_plane, 0, plane + 1)), step.eq(step + last_plane)]
-                full = (place == per_word - 1) | (last_plane & (step == steps - 1))
-                m.d.sync += place.eq(Mux(full, 0, place + 1))
-                with m.If(full):
-                    m.d.sync += [piece_words.eq(piece_words + 1), self.key_places.eq(place)]
-                    m.next = "KEY_WORD"
-        with m.State("KEY_WORD"):
-            for p in range(per_word):
-                low = p * self._plane_bits
-                m.d.sync += self.word[low : low + self._plane_bits].eq(gathered[p].replicate(lanes))
-                here = Mux(self.key_places >= p, Const(0xFF, self._plane_bits // 8) << (within << 3), 0)
-                m.d.sync += self.strobes[low // 8 : (low + self._plane_bits) // 8].eq(here)
-            m.d.sync += self.at.eq(base + piece_words - 1)
-            m.next = "SEND"
-
-    def _values(self, m, captured, all_captured, pending):
-        """Word by word of each row block of the head: read all its channels, change and write one after the other."""
-        config, op = self._config, self.op
-        lanes, per_word = config.lanes_per_channel, self._per_word
-        lane_bits, within_bits = (config.lanes - 1).bit_length(), (lanes - 1).bit_length()
-        planes = Mux(self.wide, 4, 2)
-        tile, place = self.slot >> 5, self.slot[:5]
-        words = Mux(self.wide, max(1, 4 // per_word), max(1, 2 // per_word))
-        first_word = (tile * planes) >> (per_word - 1).bit_length()
-        first_place = Signal(range(max(2, per_word)))
-        m.d.comb += first_place.eq((tile * planes)[: (per_word - 1).bit_length()] if per_word > 1 else 0)
-        element, block_base, word = Signal(range(HEAD_MAX + 1)), Signal(ADDR_BITS), Signal(3)
-        first_element, channel = Signal(range(HEAD_MAX + 1)), Signal(range(config.channels + 1))
-        start_lane = Signal(lane_bits)
-        m.d.comb += start_lane.eq(Mux(first_element == 0, op.row[:lane_bits], 0))
-        begin = start_lane >> within_bits
-        rows = Mux(
-            op.head_size - first_element > config.lanes - start_lane,
-            config.lanes - start_lane,
-            op.head_size - first_element,
-        )
-        end = (start_lane + rows) >> within_bits
-        m.d.comb += [self.value_begin.eq(begin), self.value_end.eq(end)]
-        address = block_base + first_word + word
-        with m.State("VALUES"):
-            m.d.sync += [
-                block_base.eq(op.base + (op.row >> lane_bits) * op.block_words),
-                *(x.eq(0) for x in (first_element, word)),
-            ]
-            m.next = "READ"
-        with m.State("READ"):
-            m.d.comb += self.read_at.eq(address)
-            m.d.sync += [channel.eq(begin), element.eq(first_element)]
-            with m.If(self.abort):
-                m.next = "IDLE"
-            with m.Elif(pending == 0):  # the word may be one that the vector before has just written
-                m.d.comb += self.read_start.eq(1)
-                m.next = "WAIT"
-        with m.State("WAIT"):
-            with m.If(all_captured):
-                m.next = "CHANGE"
-        with m.State("CHANGE"):
-            m.d.comb += self.codes.r[0].addr.eq(element >> (config.vector_lanes - 1).bit_length())
-            sub = (
-                element[within_bits : (config.vector_lanes - 1).bit_length()]
-                if config.vector_lanes > lanes
-                else 0
-            )
-            codes = self.codes.r[0].data.word_select(sub, 8 * lanes)
-            old = Signal(WORD_BITS)
-            with m.Switch(channel):
-                for c in range(config.channels):
-                    with m.Case(c):
-                        m.d.comb += old.eq(captured[c])
-            m.d.sync += [
-                self.word.eq(self._changed(old, codes, place, word, first_place, planes)),
-                self.strobes.eq(-1),
-                self.at.eq(address),
-                self.target.eq(channel),
-                self.to_aux.eq(0),
-                channel.eq(channel + 1),
-                element.eq(element + lanes),
-                self.value_next.eq(channel + 1 == end),
-            ]
-            with m.If(channel + 1 == end):
-                m.d.sync += word.eq(word + 1)
-                with m.If(word == words - 1):
-                    m.d.sync += [word.eq(0), first_element.eq(first_element + rows)]
-                    m.d.sync += block_base.eq(block_base + op.block_words)
-            m.next = "SEND"
-        m.d.comb += self.values_left.eq(first_element != op.head_size)
-        with m.State("VALUE_SCALE"):
-            byte = op.scale_base + (self.slot << 2)
-            m.d.sync += [
-                self.word.eq(Cat(self.scale, self.minimum).replicate(WORD_BITS // 32)),
-                self.strobes.eq(Const(15, WORD_BYTES) << byte[:OFFSET_BITS]),
-                self.at.eq(byte >> OFFSET_BITS),
-                self.to_aux.eq(1),
-            ]
-            m.next = "SEND"
-
-    def _changed(self, old, codes, place, word, first_place, planes):
-        """A channel's word with one slot's two bits per lane and plane replaced."""
-        parts = []
-        for p in range(self._per_word):
-            plane = (word * self._per_word + p - first_place)[:3]
-            active = (p >= first_place) & (p - first_place < planes) if self._per_word > 1 else Const(1)
-            for lane in range(self._config.lanes_per_channel):
-                code = codes.word_select(lane, 8)
-                two = code.bit_select(plane[:2] << 1, 2)
-                for slot in range(STEP):
-                    low = p * self._plane_bits + (lane * STEP + slot) * 2
-                    parts.append(Mux(active & (place == slot), two, old[low : low + 2]))
-        return Cat(parts)
-
-    # --- bus
-    def _writes(self, m):
-        """Single-word writes: `word`, `strobes`, `at` (a word address) to `target` or the auxiliary port."""
-        self.key_places = Signal(range(max(2, self._per_word)))
-        self.sending, self.address_sent, self.data_sent = Signal(), Signal(), Signal()
-        pending = Signal(range(IN_FLIGHT + 1))
-        self.written = Signal()
-        address_moves, data_moves, answers, bad = [], [], [], []
-        ports = [(p, ~self.to_aux & (self.target == c)) for c, p in enumerate(self.write)] + [
-            (self.aux, self.to_aux)
+    def _emit(self, m, target, word, data, strb, valid=1) -> None:
+        m.d.comb += [
+            self.o.valid.eq(valid),
+            self.o.payload.target.eq(target),
+            self.o.payload.addr.eq(word << WORD_SIZE),
+            self.o.payload.data.eq(data),
+            self.o.payload.strb.eq(strb),
         ]
-        for port, chosen in ports:
-            m.d.comb += [
-                port.awid.eq(0),
-                port.awaddr.eq(self.at << OFFSET_BITS),
-                port.awlen.eq(0),
-                port.awsize.eq(OFFSET_BITS),
-                port.awburst.eq(BURST_INCR),
-                port.awvalid.eq(self.sending & chosen & ~self.address_sent),
-                port.wdata.eq(self.word),
-                port.wstrb.eq(self.strobes),
-                port.wlast.eq(1),
-                port.wvalid.eq(self.sending & chosen & ~self.data_sent),
-                port.bready.eq(1),
-            ]
-            address_moves.append(port.awvalid & port.awready)
-            data_moves.append(port.wvalid & port.wready)
-            answers.append(port.bvalid)
-            bad.append(port.bvalid & (port.bresp != OKAY))
-        address_now = self.address_sent | Cat(address_moves).any()
-        data_now = self.data_sent | Cat(data_moves).any()
-        m.d.comb += self.written.eq(self.sending & address_now & data_now)
-        with m.If(self.sending):
-            m.d.sync += [
-                self.address_sent.eq(address_now & ~self.written),
-                self.data_sent.eq(data_now & ~self.written),
-            ]
-        m.d.sync += pending.eq(pending + self.written - sum(answers))
-        with m.If(self.clear):
-            m.d.sync += self.unit.error.eq(0)
-        with m.Elif(Cat(bad).any()):
-            m.d.sync += self.unit.error.eq(Error.BUS)
-        return pending
 
-    def _reads(self, m):
-        """One word of every channel in [begin, end): requested at once, captured as it comes."""
-        count = self._config.channels
-        self.read_start, self.read_at = Signal(), Signal(ADDR_BITS)
-        asked, waiting, at = Signal(count), Signal(count), Signal(ADDR_BITS)
-        captured = [Signal(WORD_BITS, name=f"captured_{c}", reset_less=True) for c in range(count)]
-        with m.If(self.read_start):
-            m.d.sync += at.eq(self.read_at)
-        for c, port in enumerate(self.read):
-            m.d.comb += [
-                port.arid.eq(0),
-                port.araddr.eq(at << OFFSET_BITS),
-                port.arlen.eq(0),
-                port.arsize.eq(OFFSET_BITS),
-                port.arburst.eq(BURST_INCR),
-                port.arvalid.eq(asked[c]),
-                port.rready.eq(1),
-            ]
-            with m.If(self.read_start):
-                wanted = (c >= self.value_begin) & (c < self.value_end)
-                m.d.sync += [asked[c].eq(wanted), waiting[c].eq(wanted)]
-            with m.Else():
-                with m.If(port.arready):
-                    m.d.sync += asked[c].eq(0)
-                with m.If(port.rvalid):
-                    m.d.sync += [captured[c].eq(port.rdata), waiting[c].eq(0)]
-                    with m.If(port.rresp != OKAY):
-                        m.d.sync += self.unit.error.eq(Error.BUS)
-        m.d.comb += self.reading.eq(waiting.any())
-        return captured, ~waiting.any()
+    def _key(self, m, *, op, slot, codes, eight, lane_pieces, index, record) -> None:
+        """Write `index` of a K vector: 0 is its scale record, the others its pieces by step and plane."""
+        lanes = self._config.lanes_per_channel
+        lane = slot % lanes
+        target = (slot // lanes) % self._config.channels
+        piece = Signal(range(HEAD_MAX // STEP * 4))
+        step = Signal(range(HEAD_MAX // STEP))
+        m.d.comb += [piece.eq(index - 1), step.eq(Mux(eight, piece // 4, piece // 2))]
+        bits = _plane(codes.word_select(step, 8 * STEP), Mux(eight, piece % 4, piece % 2))
+        place = piece * lanes + lane
+        with m.If(index == 0):
+            self._emit(m, target, self.word, record.replicate(WORD_BITS // 32), 0xF << (lane << 2))
+        with m.Else():
+            strobes = 0xFF << ((place % PIECES) << 3)
+            self._emit(m, target, self.word + 1 + place // PIECES, bits.replicate(PIECES), strobes)
 
-    def _send(self, m, pending):
-        """Write the prepared word, then go on with the vector, the next vector, or the end."""
-        with m.State("SEND"):
-            with m.If((pending < IN_FLIGHT - 1) & ~self.sending):
-                m.d.sync += self.sending.eq(1)
-            with m.If(self.written):
-                m.d.sync += self.sending.eq(0)
-                with m.If(self.abort | (self.unit.error != 0)):
-                    m.next = "DRAIN"
-                with m.Elif(self.to_aux):
-                    m.next = "NEXT"
-                with m.Elif(self.op.values):
-                    with m.If(~self.value_next):
-                        m.next = "CHANGE"
-                    with m.Elif(self.values_left):
-                        m.next = "READ"
-                    with m.Else():
-                        m.next = "VALUE_SCALE"
-                with m.Elif(self.key_more):
-                    m.next = "KEY_CODES"
-                with m.Else():
-                    m.next = "NEXT"
-        with m.State("NEXT"):
-            m.d.sync += [self.slot.eq(self.slot + 1), self.left.eq(self.left - 1), self.row.eq(0)]
-            m.next = "COLLECT"
-            with m.If(self.left == 1):
-                m.next = "DRAIN"
-        with m.State("DRAIN"):
-            with m.If(pending == 0):
-                m.d.comb += self.unit.done.eq((self.unit.error == 0) & ~self.abort)
-                m.next = "IDLE"
-        m.d.comb += self.idle.eq(~self.sending & (pending == 0) & ~self.reading)
+    def _value(self, m, *, op, slot, codes, eight, lane_pieces, channel, group, arrived) -> None:
+        """Word `part` of the tile on `channel`: two bits of each piece's byte change."""
+        lanes = self._config.lanes_per_channel
+        rows = codes.word_select(group, 8 * lanes)
+        old = Array(self.old)[channel]
+        pair = slot[:2]
+        fresh, strobes = [], []
+        half = (slot // STEP) % 2 if 2 * lanes < PIECES else 0
+        for q in range(PIECES):
+            plane = (self.part * (PIECES // lanes) + q // lanes) % 4
+            wanted = _plane(rows.word_select(q % lanes, 8), Mux(eight, plane, plane % 2))
+            was = old.word_select(q, 8)
+            keep = was & ~(0b11 << (pair << 1))
+            fresh.append((keep | (wanted << (pair << 1)))[:8].replicate(8))
+            inside = 1 if 2 * lanes >= PIECES else eight | (half == q // (2 * lanes))
+            strobes.append(Mux(inside, (1 << self.byte)[:8], 0)[:8])
+        self._emit(m, channel, self.word + self.part, Cat(*fresh), Cat(*strobes), arrived)
+
+
+def _plane(codes, plane):
+    """Bits [2 * plane, 2 * plane + 1] of each 8-bit code."""
+    picked = [codes[8 * k : 8 * k + 8].word_select(plane, 2) for k in range(len(codes) // 8)]
+    return Cat(*picked)

@@ -75,11 +75,11 @@ public:
         while (cycle_ - start < limit) {
             if (cycle_ - start == abort_at) set(kControl, 2);
             tick();
-            if (top_->interrupt) break;
+            if (top_->__SYM__interrupt) break;
         }
         return cycle_ - start;
     }
-    bool interrupted() const { return top_->interrupt; }
+    bool interrupted() const { return top_->__SYM__interrupt; }
     std::string violation() const {
         for (auto& b : bus_)
             for (auto* p : {static_cast<const Port*>(&b->read), static_cast<const Port*>(&b->write)})

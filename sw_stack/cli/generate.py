@@ -11,6 +11,21 @@ def command(
     level: Annotated[str, typer.Option(help="float, or exact: the engine's integer arithmetic")] = "exact",
     weights: Annotated[str, typer.Option(help="weight format of the exact level: w8, w4, w2, w2s24")] = "w4",
     kv: Annotated[str, typer.Option(help="KV cache format of the exact level: kv4, kv8")] = "kv4",
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="golden, rtl or timing: execute the compiled engine programs; none: the golden model"
+        ),
+    ] = None,
+    placement: Annotated[
+        str, typer.Option(help="attention on a device's engine, csd, or engine+csd")
+    ] = "engine",
+    engine: Annotated[str, typer.Option(help="engine of a device: tiny, small or u280")] = "small",
+    context: Annotated[int, typer.Option(min=1, help="tokens that a device's KV cache holds")] = 512,
+    sparse: Annotated[
+        int | None, typer.Option(min=1, help="SparF on placement csd: attend to one token in so many")
+    ] = None,
+    window: Annotated[int, typer.Option(min=1, help="recent tokens on the engine for engine+csd")] = 64,
     model: Annotated[
         str | None, typer.Option(help="GGUF file or checkpoint folder; SmolLM2-135M if none")
     ] = None,
@@ -28,6 +43,21 @@ def command(
     checkpoint = load_model(model)
     if checkpoint.tokenizer is None:
         raise KVStrataError(f"generating text needs a tokenizer, and {model} holds none")
+    if device is not None:
+        from sw_stack.runtime.generate import on_device
+        from sw_stack.runtime.machine import Setup
+        from sw_stack.runtime.placement import Sparsity, Split
+
+        sparsity = Sparsity(ratio=sparse) if sparse else None
+        setup = Setup(engine, device, placement, weights, kv, context, sparsity, Split(window=window))
+        with console.status("starting") as status:
+            run = on_device(checkpoint, setup, prompt, tokens, status.update)
+        if as_json:
+            show_json(run.to_json())
+            return
+        typer.echo(run.text)
+        note(run.summary())
+        return
     decoder = build(checkpoint, level, weights, kv)
     ids = checkpoint.tokenizer.encode(checkpoint.tokenizer.chat(prompt))
     start = time.perf_counter()

@@ -1,0 +1,27 @@
+"""Shapes without weights: a Hugging Face config.json is enough to compile and to predict."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from golden.config import LlamaConfig
+from golden.loaders.safetensors import config_from_json
+from golden.spec import KVStrataError
+
+NOMINAL_NORM = (10, 1)
+"""(f, En) that stands in for a norm weight when only instruction counts and cycles are asked for."""
+
+
+def read_config(path: str | Path) -> LlamaConfig:
+    """A decoder's shape from config.json. KVStrataError for what is no JSON, no Llama or not complete."""
+    try:
+        stored = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise KVStrataError(f"a model configuration is a JSON file; {path} is not") from error
+    return config_from_json(stored, str(path))
+
+
+def nominal_norms(model: LlamaConfig) -> tuple[tuple[int, int], ...]:
+    """Stand-ins for every norm of a model."""
+    return (NOMINAL_NORM,) * (2 * model.layers + 1)

@@ -1,0 +1,126 @@
+"""From a checkpoint to a session on a device: pack (or reuse an image), compile, open the device, place attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from golden.exact_decoder import engine_weight
+from golden.formats.weights import fitting_group
+from golden.loaders.checkpoint import Checkpoint
+from golden.spec import SPEC_VERSION, KVStrataError
+from golden.spec.engine import ENGINE_CONFIGS
+from golden.spec.formats import W8
+from golden.spec.memory import MemoryModel
+from hw.flow.cache import build_dir, content_key
+from sw_stack.compile.decoder import Programs, compile_model, compile_split
+from sw_stack.device.golden import GoldenDevice
+from sw_stack.device.protocol import EngineDevice
+from sw_stack.drive.driver import Driver, open_drive
+from sw_stack.drive.flash import Geometry
+from sw_stack.drive.shape import TaskShape
+from sw_stack.pack.image import Image, pack_checkpoint
+from sw_stack.pack.memory_map import MemoryMap
+from sw_stack.runtime.placement import PLACEMENTS, InStorage, Placement, Sparsity, Split, WindowAndStorage
+from sw_stack.runtime.session import Session, SplitSession
+
+DEVICES = ("golden", "rtl", "timing")
+CHANNELS_PER_PAGE = 8
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a run is made of; KVStrataError for a name that is not known."""
+
+    engine: str = "small"
+    device: str = "golden"
+    placement: str = "engine"
+    weights: str = "w4"
+    kv: str = "kv4"
+    context: int = 512
+    sparsity: Sparsity | None = None
+    split: Split = Split()
+
+    def __post_init__(self) -> None:
+        for value, known, what in (
+            (self.engine, ENGINE_CONFIGS, "an engine"),
+            (self.device, DEVICES, "a device"),
+            (self.placement, PLACEMENTS, "a placement"),
+        ):
+            if value not in known:
+                raise KVStrataError(f"{what} is one of {', '.join(known)}; got {value!r}")
+        if self.sparsity and self.placement != "csd":
+            raise KVStrataError(f"sparse attention needs placement csd; got {self.placement!r}")
+
+
+def memory_map(checkpoint: Checkpoint, setup: Setup) -> MemoryMap:
+    """The map of a checkpoint under a setup."""
+    context = min(setup.context, checkpoint.config.context)
+    return MemoryMap(checkpoint.config, ENGINE_CONFIGS[setup.engine], setup.weights, setup.kv, context)
+
+
+def cached_image(
+    checkpoint: Checkpoint, wanted: MemoryMap, progress: Callable[[str], None] = lambda _: None
+) -> Image:
+    """The image of a checkpoint in the build directory, packed when it is not there or not whole."""
+    key = content_key(SPEC_VERSION, checkpoint.sha256, str(wanted.to_json()))
+    folder = build_dir() / "images" / key
+    if folder.is_dir():
+        try:
+            image = Image.open(folder)
+            image.require(wanted)
+            return image
+        except KVStrataError:
+            progress("packing again")
+    return pack_checkpoint(folder, wanted, checkpoint, progress)
+
+
+def programs(image: Image, setup: Setup) -> Programs:
+    """Compiled for the placement."""
+    build = compile_model if setup.placement == "engine" else compile_split
+    return build(image.map, image.norm_exponents)
+
+
+def open_device(image: Image, setup: Setup, memory: MemoryModel | None = None) -> EngineDevice:
+    """A device over an image."""
+    if setup.device == "rtl":
+        from sw_stack.device.rtl import RtlDevice
+
+        return RtlDevice(image, memory)
+    if setup.device == "timing":
+        from sw_stack.device.timing import TimingDevice
+
+        return TimingDevice(image)
+    return GoldenDevice(image)
+
+
+def open_placement(checkpoint: Checkpoint, setup: Setup) -> tuple[Placement, Driver]:
+    """Attention in storage, on a drive large enough for the context."""
+    c = checkpoint.config
+    shape = TaskShape(c.layers, c.heads, c.kv_heads, c.head_size, CHANNELS_PER_PAGE, setup.context)
+    pages = 2 * 3 * c.layers * c.kv_heads * shape.groups
+    geometry = Geometry(8, 2, max(4, -(-pages // (8 * 2 * 64))), 64)
+    driver, _ = open_drive(geometry)
+    driver.config(0, shape, 1)
+    if setup.placement == "csd":
+        return InStorage(driver, setup.sparsity), driver
+    return WindowAndStorage(driver, setup.split, setup.kv), driver
+
+
+def open_session(
+    checkpoint: Checkpoint,
+    setup: Setup,
+    memory: MemoryModel | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Session:
+    """A new sequence, ready for its first tokens."""
+    progress("packing")
+    image = cached_image(checkpoint, memory_map(checkpoint, setup), progress)
+    progress("compiling")
+    compiled = programs(image, setup)
+    progress(f"opening the {setup.device} device")
+    device = open_device(image, setup, memory)
+    embedding = engine_weight(checkpoint, "embed", fitting_group(W8, checkpoint.config.hidden))
+    if setup.placement == "engine":
+        return Session(device, compiled, embedding)
+    return SplitSession(device, compiled, embedding, placement=open_placement(checkpoint, setup)[0])

@@ -87,6 +87,18 @@ def run(
     }
 
 
+def capture(directory: Path, prompt: str, progress: Callable[[str], None] = lambda _: None) -> None:
+    """Operands of one step after `prompt`, without an answer: what the RTL check alone needs."""
+    from golden.llama import build, load_model
+
+    progress("loading the model")
+    checkpoint = load_model(None)
+    assert checkpoint.tokenizer is not None
+    ids = checkpoint.tokenizer.encode(checkpoint.tokenizer.chat(prompt))
+    progress(f"reading {len(ids)} prompt tokens in the engine's arithmetic")
+    _capture(build(checkpoint, "exact", "w4", "kv4"), ids, directory)
+
+
 def _agreement(reference: list[int], tokens: list[int]) -> dict[str, Any]:
     equal = [a == b for a, b in zip(reference, tokens)]
     length = max(len(reference), len(tokens))

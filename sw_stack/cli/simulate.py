@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from sim.describe.machine import Machine
     from sim.result import RunResult
 
 
@@ -20,6 +21,12 @@ def command(
     output_tokens: Annotated[int, typer.Option(help="generated tokens per sequence")] = 1024,
     fidelity: Annotated[str, typer.Option(help="analytic, flow or page")] = "flow",
     set_: Annotated[list[str] | None, typer.Option("--set", help="device.field=value")] = None,
+    arrivals_per_s: Annotated[
+        float, typer.Option(help="serve Poisson arrivals at this rate instead of a batch")
+    ] = 0.0,
+    requests: Annotated[int, typer.Option(help="number of Poisson arrivals")] = 200,
+    arrival_trace: Annotated[Path | None, typer.Option(help="serve the requests of this CSV file")] = None,
+    parquet: Annotated[Path | None, typer.Option(help="write one row of metrics per scheme here")] = None,
     trace: Annotated[Path | None, typer.Option(help="write a Perfetto timeline here")] = None,
     sources: Annotated[bool, typer.Option(help="print every value used with its source")] = False,
     sensitivity: Annotated[
@@ -33,6 +40,7 @@ def command(
     from golden.spec import KVStrataError
     from sim.api import scheme_names, simulate
     from sim.describe.base import build
+    from sim.describe.machine import load_machine
     from sim.describe.workload import Workload
     from sim.overrides import parse
     from sim.timeline import perfetto
@@ -44,12 +52,17 @@ def command(
 
         write_atomically(sensitivity, markdown())
         return
+    described = load_machine(machine, parse(set_ or []))
+    if arrivals_per_s or arrival_trace:
+        arrivals = (arrivals_per_s, requests, input_tokens, output_tokens)
+        _serve(scheme or scheme_names(), described, model, arrival_trace, arrivals, as_json)
+        return
     fields = {"batch": batch, "input_tokens": input_tokens, "output_tokens": output_tokens}
     workload = build(Workload, fields, "workload")
     results = []
     for name in scheme or scheme_names():
         try:
-            results.append(simulate(machine, model, name, workload, fidelity, parse(set_ or [])))
+            results.append(simulate(described, model, name, workload, fidelity))
         except KVStrataError as error:
             if scheme:
                 raise
@@ -62,6 +75,10 @@ def command(
         from hw.flow.cache import write_atomically
 
         write_atomically(trace, json.dumps(perfetto(results[0])))
+    if parquet:
+        from sim.store import write_parquet
+
+        write_parquet([r.row() for r in results], parquet)
     if as_json:
         show_json([r.to_dict() for r in results])
         return
@@ -77,6 +94,31 @@ def command(
             [{k: a[k] for k in ("device", "field", "value", "source")} for a in rows.values()],
             False,
         )
+
+
+def _serve(
+    schemes: list[str],
+    machine: "Machine",
+    model: str,
+    trace: Path | None,
+    arrivals: tuple[float, int, int, int],
+    as_json: bool,
+) -> None:
+    """Latency percentiles of each scheme under request arrivals."""
+    from golden.spec import KVStrataError
+    from sim import serving
+    from sw_stack.cli.output import note, show_rows, track
+
+    requests = serving.trace(trace) if trace else serving.poisson(*arrivals)
+    rows = []
+    for name in track(schemes, "Serving"):
+        try:
+            rows.append({"scheme": name, **serving.serve_on(machine, model, name, requests)})
+        except KVStrataError as error:
+            note(f"{name}: {error}")
+    if not rows:
+        raise KVStrataError(f"machine {machine.name} serves {model} with no scheme; the reasons are above")
+    show_rows(f"{model} on {machine.name}, {len(requests)} requests", rows, as_json)
 
 
 def _row(result: "RunResult") -> dict[str, object]:

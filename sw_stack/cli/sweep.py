@@ -40,9 +40,13 @@ def command(
     if as_json:
         show_json(rows)
         return
-    good = [r for r in rows if r["status"] == "ok" and all(r[m] is not None for m in sweep.objectives)]
+    good = [r for r in rows if r["status"] == "ok" and all(r.get(m) is not None for m in sweep.objectives)]
     note(f"{len(rows)} points, {len(rows) - len(good)} refused; store {store}")
     best = front(good, {m: way == "max" for m, way in sweep.objectives.items()})
     varied = [name for name in [*sweep.axes(), *sweep.range] if len({str(r[name]) for r in rows}) > 1]
     shown = [{k: r[k] for k in [*varied, *sweep.objectives, "bottleneck"]} for r in best]
     show_rows(f"Pareto points of {sweep.name}", shown, False)
+    if any(r["scheme"].startswith(("csd", "fpga")) for r in best):
+        note(
+            "points on drives or engines rest on RTL cycles: `kvstrata calibrate --check` measures them again"
+        )

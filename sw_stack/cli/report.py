@@ -55,9 +55,9 @@ def command(
         typer.echo(f"\n{level['name']}{agreement}\n  {level['text']}")
     typer.echo()
     show_rows("Perplexity", summary["accuracy"]["rows"], False)
-    shown = ("name", "shape", "bit_exact", "cycles", "bound_cycles")
+    checked = ("name", "shape", "bit_exact", "cycles", "bound_cycles")
     show_rows(
-        "RTL against golden", [{key: row[key] for key in shown} for row in summary["rtl"]["rows"]], False
+        "RTL against golden", [{key: row[key] for key in checked} for row in summary["rtl"]["rows"]], False
     )
     shown = ("model", "scheme", "batch", "tokens_per_s", "bottleneck", "breakdown")
     rows = [{key: row[key] for key in shown} for row in summary["system"]["rows"]]

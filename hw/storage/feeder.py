@@ -78,7 +78,8 @@ class Feeder(wiring.Component):
         last_slice = Mux(self.wide, 7, 3)
         span = Signal(11)
         m.d.comb += span.eq(2048 >> self.m_log2)
-        settled = self._settled(m)
+        ending = Signal()
+        settled = self._settled(m, ending)
         drained = Signal(7)  # rows of the block that have been scored
 
         with m.FSM():
@@ -183,6 +184,7 @@ class Feeder(wiring.Component):
                     with m.Elif(drained == (span >> 4) - 1):
                         m.next = "page"
             with m.State("end"):
+                m.d.comb += ending.eq(1)
                 with m.If(~approximate):
                     m.d.comb += [self.ended.eq(1), self.failed.eq(failed)]
                     m.next = "idle"
@@ -191,10 +193,10 @@ class Feeder(wiring.Component):
                     m.next = "idle"
         return m
 
-    def _settled(self, m):
-        """The kernel has been idle for a few cycles, so that what its last beat caused has happened."""
+    def _settled(self, m, ending):
+        """Since its last beat the kernel has been idle for a few cycles, so that what the beat caused has happened."""
         still = Signal(4)
-        m.d.sync += still.eq(Mux(self.kernel_idle, Mux(still == 15, 15, still + 1), 0))
+        m.d.sync += still.eq(Mux(ending & self.kernel_idle, Mux(still == 15, 15, still + 1), 0))
         return still == 15
 
     def _forward(self, m, entry, failed):

@@ -242,7 +242,7 @@ class AttentionUnit(wiring.Component):
                             ]
                             m.next = "idle"
             with m.State("refuse"):
-                m.d.comb += [self._loading.eq(1), self._bad_valid.eq(1)]
+                m.d.comb += self._bad_valid.eq(1)
                 with m.If(self._bad_taken):
                     m.next = "idle"
 

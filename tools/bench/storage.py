@@ -1,0 +1,156 @@
+"""Benchmarks of the in-storage attention unit: RTL behind 8 channels of 1.4 GB/s at 285 MHz, and its resources."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from golden.spec.storage import PAGE_BYTES, PageKind, Status, token_pages
+from golden.storage import attention
+from golden.storage.fp import F16
+from golden.storage.layout import channel_marks, token_marks
+from hw.flow.synth import Resources, resources
+from sw_stack.rtl.storage import BatchRun, Cache, Job, UnitConfig
+from sw_stack.rtl.storage import run as run_batch
+
+UNIT = UnitConfig(channels=8, lanes=3, max_tokens=32768)
+"""The unit of the whole-chain checks as well, so that one build serves both."""
+HEAD = 128
+FLASH = {"read_ns": 50_000}
+BYTES_PER_CYCLE = 8 * 1400 / 285
+HEADS = 40
+SPARF_TOKENS, SPARF_R, SPARF_M, SPARF_WINDOW = 4096, 16, 2, 64
+PUBLISHED = {"lut": 99_200 + 5_830 + 58_332, "ff": 207_300 + 3_870 + 27_800, "bram": 96 + 24 + 96, "dsp": 768}
+"""Attention kernels, argtopk and NFC of the published unit on the Zynq-7045 (InstInfer, Table II)."""
+
+
+def _row(name: str, value: float, unit: str, target: float | None, better: str) -> dict[str, Any]:
+    return {"id": name, "value": value, "unit": unit, "target": target, "better": better}
+
+
+def _head(rng: np.random.Generator, tokens: int, *, clustered: bool) -> tuple[F16, F16, F16]:
+    """q, k, v of one head; clustered: the attended tokens lie in runs of 64, else anywhere."""
+    q = rng.normal(size=(1, HEAD))
+    k, v = rng.normal(size=(tokens, HEAD)), rng.normal(size=(tokens, HEAD))
+    if clustered:
+        runs = rng.choice(tokens // 64, tokens // 512, replace=False)
+        hot = (runs[:, None] * 64 + np.arange(64)).ravel()
+        k[hot] += 1.5 * q
+    return q.astype(np.float16), k.astype(np.float16), v.astype(np.float16)
+
+
+def _checked(result: BatchRun, jobs: int) -> BatchRun:
+    bad = [n for n in range(jobs) if result.completions[n].status != Status.OK]
+    assert not bad, f"jobs {bad} did not complete"
+    return result
+
+
+@lru_cache(maxsize=1)
+def dense() -> float:
+    """Fraction of the aggregate channel rate, first command to last completion: S = 1536, 40 heads."""
+    rng = np.random.default_rng(1)
+    cache, jobs = Cache(HEAD, tail_in_dram=False), []
+    for head in range(HEADS):
+        q, k, v = _head(rng, 1536, clustered=False)
+        cache.add(0, head, k, v)
+        jobs.append(Job(0, head, q, 1536))
+    result = _checked(run_batch(cache, jobs, UNIT, **FLASH), HEADS)
+    pages = 2 * token_pages(1536, HEAD) * HEADS
+    return pages * PAGE_BYTES / BYTES_PER_CYCLE / result.cycles
+
+
+def _pages(trace: attention.SparfTrace, tokens: int) -> int:
+    rows = len(token_marks(PageKind.K_TOKEN, trace.tokens, tokens, HEAD))
+    return len(channel_marks(trace.channels, tokens, HEAD, SPARF_M)) + 2 * rows
+
+
+def sparf(clustered: bool) -> dict[str, float]:
+    """Ratio to the time of streaming the touched pages, speed-up over dense, share of token pages touched."""
+    rng = np.random.default_rng(2)
+    tokens = SPARF_TOKENS
+    cache, jobs, dense_jobs, pages = Cache(HEAD, m=SPARF_M, tail_in_dram=False), [], [], 0
+    for head in range(HEADS):
+        q, k, v = _head(rng, tokens, clustered=clustered)
+        mean = v.mean(0, dtype=np.float32).astype(np.float16)
+        trace = attention.sparf(q, k, v, mean, r=SPARF_R, top=tokens // 8, window=SPARF_WINDOW)
+        pages += _pages(trace, tokens)
+        cache.add(0, head, k, v)
+        jobs.append(Job(0, head, q, tokens, SPARF_R, tokens // 8, SPARF_WINDOW, mean))
+        dense_jobs.append(Job(0, head, q, tokens))
+    selected = _checked(run_batch(cache, jobs, UNIT, **FLASH), HEADS)
+    every = _checked(run_batch(cache, dense_jobs[:8], UNIT, **FLASH), 8)
+    return {
+        "bound_ratio": selected.cycles / (pages * PAGE_BYTES / BYTES_PER_CYCLE),
+        "speedup": every.cycles * HEADS / 8 / selected.cycles,
+    }
+
+
+def topk_share_32k() -> float:
+    """Cycles that argtopk adds to a lone SparF step at S = 32768, nothing else to hide it behind."""
+    from hw.storage.topk.timing import digits_used, select_cycles
+
+    rng, tokens = np.random.default_rng(3), 32768
+    q, k, v = _head(rng, tokens, clustered=False)
+    mean = v.mean(0, dtype=np.float32).astype(np.float16)
+    trace = attention.sparf(q, k, v, mean, r=SPARF_R, top=tokens // 8, window=SPARF_WINDOW)
+    keys = [int(key) + (1 << 31) for key in trace.scores]
+    added = select_cycles(tokens, digits_used(keys, tokens // 8, window=SPARF_WINDOW))
+    cache = Cache(HEAD, m=SPARF_M, tail_in_dram=False)
+    cache.add(0, 0, k, v)
+    job = Job(0, 0, q, tokens, SPARF_R, tokens // 8, SPARF_WINDOW, mean)
+    return added / _checked(run_batch(cache, [job], UNIT, **FLASH), 1).cycles
+
+
+def z7045(lanes: int = 4) -> tuple[Resources, int]:
+    """Kernels, argtopk and NFCs of the default unit, as synthesised block by block for the 7-series."""
+    blocks = block_resources(lanes)
+    total = sum((part.scaled(count) for part, count in blocks.values()), Resources(0, 0, 0, 0, 0, 0, 0))
+    return total, max(part.logic_levels for part, _ in blocks.values())
+
+
+@lru_cache(maxsize=2)
+def block_resources(lanes: int = 4) -> dict[str, tuple[Resources, int]]:
+    """Each block of the unit beside the number of its copies."""
+    from hw.storage.approximate import AlphaUnit
+    from hw.storage.feeder import Feeder
+    from hw.storage.fp import Unpack16
+    from hw.storage.lane import QueryLane
+    from hw.storage.nfc.filter import PageFilter
+    from hw.storage.nfc.order import PageOrder
+    from hw.storage.normalise import Normaliser
+    from hw.storage.passes import Requester
+    from hw.storage.query import QueryUnit
+    from hw.storage.topk.unit import TopK
+
+    parts = {
+        "query_lane": (QueryLane(), 2 * lanes),
+        "unpack": (Unpack16(), 2 * 16),
+        "normaliser": (Normaliser(lanes), 2),
+        "feeder": (Feeder(), 2),
+        "query_unit": (QueryUnit(lanes), 1),
+        "alpha_unit": (AlphaUnit(32768, lanes), 1),
+        "requester": (Requester(8), 1),
+        "argtopk": (TopK(32768, lanes=16, in_lanes=1), 1),
+        "page_filter": (PageFilter(), 9),
+        "page_order": (PageOrder(9, 2), 1),
+    }
+    return {name: (resources(block, name, "xc7"), count) for name, (block, count) in parts.items()}
+
+
+def run() -> list[dict[str, Any]]:
+    """All rows of this area."""
+    rows = [_row("storage.dense.flash_fraction", dense(), "ratio", 0.95, "higher")]
+    for name in ("clustered", "random"):
+        values = sparf(name == "clustered")
+        rows.append(_row(f"storage.sparf.bound_ratio.{name}", values["bound_ratio"], "ratio", 1.10, "lower"))
+        rows.append(
+            _row(f"storage.sparf.speedup_over_dense.{name}", values["speedup"], "ratio", None, "higher")
+        )
+    rows.append(_row("storage.topk.step_share_32k", topk_share_32k(), "ratio", 0.10, "lower"))
+    total, levels = z7045()
+    for name in ("lut", "ff", "bram", "dsp"):
+        rows.append(_row(f"storage.z7045.{name}", getattr(total, name), "count", PUBLISHED[name], "lower"))
+    rows.append(_row("storage.z7045.logic_levels", levels, "levels", 6, "lower"))
+    return rows

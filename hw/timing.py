@@ -41,10 +41,10 @@ def words_until(config: EngineConfig, stream: StreamFormat, step: int) -> int:
 def matrix_cycles(config: EngineConfig, product: Product) -> int:
     """Cycles from an operation's acceptance to `done`, both counted, when words arrive at one per cycle and channel.
 
-    Three resources in a chain, each in order: words (one per cycle), the array (`vectors` cycles per step) and the drain
-    (`vectors * groups` cycles per row block), with two accumulator banks between the last two. Per row block the array
-    waits for the latest of: its predecessor, the words of the step that is the tightest, and the drain of the row block
-    before last.
+    Three resources in a chain, each in order: words (one per cycle), the array (`vectors` cycles per step) and the
+    drain (`vectors * groups` cycles per row block), with two accumulator banks between the last two. Per row block
+    the array waits for the latest of: its predecessor, the words of the step that is the tightest, and the drain of
+    the row block before last.
     """
     stream, steps, vectors = product.stream, product.steps, product.vectors
     groups = product.groups or config.lanes // config.vector_lanes

@@ -81,8 +81,8 @@ class LanePair(wiring.Component):
     def _weights(self, m):
         """Weight registers: unsigned fields per row and position, selects per multiplier, mode.
 
-        A row's 32 fields are four registers of eight: register k % 4, byte k // 4. All crumbs of a plane then reach their
-        places with one shift and mask per register, which costs a simulator far less than a slice per field.
+        A row's 32 fields are four registers of eight: register k % 4, byte k // 4. All crumbs of a plane then reach
+        their places with one shift and mask per register, which costs a simulator far less than a slice per field.
         """
         crumbs = Const(sum(3 << (8 * i) for i in range(8)), 64)
         fields = [[Signal(64, name=f"w_{r}_{s}", reset_less=True) for s in range(4)] for r in range(2)]

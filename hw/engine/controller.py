@@ -4,7 +4,7 @@ from amaranth import Cat, Module, Mux, ResetInserter, Signal, Value
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
-from golden.spec.engine import REGISTERS, UNITS, WORD_BITS, Counter, EngineConfig, Error, Reg, State, Unit
+from golden.spec.engine import REGISTERS, UNITS, WORD_BITS, Counter, EngineConfig, Error, Reg, State
 from hw.engine.dispatch import UNIT_OPS, Dispatch
 from hw.engine.fetch import ADDR_BITS, Fetcher
 from hw.engine.interfaces import unit_port
@@ -33,10 +33,10 @@ def host_port() -> wiring.Signature:
 class Controller(wiring.Component):
     """Runs a program from start to HALT, error or abort.
 
-    A run: RUNNING while instructions flow; HALT waits for every unit and every queue, then DONE. An error of the fetcher,
-    the dispatcher, a unit or the watchdog, or an abort, stops everything: `abort` is high until the memory units are `quiet`,
-    then `reset` pulses and the state is STOPPED with ERROR and ERROR_PC. Both end states raise the interrupt and accept
-    another start, which resets counters and units (`reset`).
+    A run: RUNNING while instructions flow; HALT waits for every unit and every queue, then DONE. An error of the
+    fetcher, the dispatcher, a unit or the watchdog, or an abort, stops everything: `abort` is high until the memory
+    units are `quiet`, then `reset` pulses and the state is STOPPED with ERROR and ERROR_PC. Both end states raise the
+    interrupt and accept another start, which resets counters and units (`reset`).
 
     `events`: one bit per counter of `EVENTS`; `active`: any progress outside the queues, for the watchdog.
     """
@@ -88,17 +88,16 @@ class Controller(wiring.Component):
         scalars = Signal(data.ArrayLayout(32, REGISTERS))
         counters = {c: Signal(32, name=f"counter_{c.name.lower()}") for c in Counter}
         start, abort, clear = Signal(), Signal(), Signal()
-        with m.If(host.write):
-            with m.Switch(host.addr):
-                with m.Case(Reg.CONTROL):
-                    m.d.comb += Cat(start, abort, clear).eq(host.wdata)
-                with m.Case(Reg.PROGRAM):
-                    m.d.sync += program.eq(host.wdata)
-                with m.Case(Reg.WATCHDOG):
-                    m.d.sync += watchdog.eq(host.wdata)
-                for r in range(1, REGISTERS):
-                    with m.Case(Reg.SCALAR + r):
-                        m.d.sync += scalars[r].eq(host.wdata)
+        with m.If(host.write), m.Switch(host.addr):
+            with m.Case(Reg.CONTROL):
+                m.d.comb += Cat(start, abort, clear).eq(host.wdata)
+            with m.Case(Reg.PROGRAM):
+                m.d.sync += program.eq(host.wdata)
+            with m.Case(Reg.WATCHDOG):
+                m.d.sync += watchdog.eq(host.wdata)
+            for r in range(1, REGISTERS):
+                with m.Case(Reg.SCALAR + r):
+                    m.d.sync += scalars[r].eq(host.wdata)
         status = Cat(state, self.interrupt)
         readable = {Reg.STATUS: status, Reg.ERROR: error, Reg.ERROR_PC: error_pc, Reg.CYCLES: cycles}
         with m.Switch(host.addr):

@@ -10,7 +10,7 @@ from hw.engine.matrix import MatrixUnit
 
 
 class MatVecCore(wiring.Component):
-    """`MatrixUnit(config)` as wide vectors: channel c of `words` in bits `512 * c`, streams as valid, ready and payload.
+    """`MatrixUnit(config)` as wide vectors: channel c of `words` from bit `512 * c`, streams as valid, ready, payload.
 
     Timing and meaning are the matrix unit's; `hw/engine/core_harness.cpp` is its driver.
     """

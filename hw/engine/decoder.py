@@ -88,20 +88,19 @@ class ChannelPlanes(wiring.Component):
         with m.If(c.take_code):
             m.d.sync += waiting.eq(self.word)
         planes = {Codes.U8: 4, Codes.U4: 2, Codes.U2: 1, Codes.S24: 1}
-        with m.If(c.emit):
-            with m.Switch(c.codes):
-                for codes, count in planes.items():
-                    taken = min(count, per_word)
-                    with m.Case(codes):
-                        m.d.sync += current.eq(current >> (taken * plane))
-                        for chunk in range(count // taken):
-                            with m.If(c.chunk == chunk):
-                                for p in range(taken):
-                                    m.d.sync += self.step.planes[chunk * taken + p].eq(
-                                        current[p * plane :][:plane]
-                                    )
-                        for p in range(count, 4):
-                            m.d.sync += self.step.planes[p].eq(0)
+        with m.If(c.emit), m.Switch(c.codes):
+            for codes, count in planes.items():
+                taken = min(count, per_word)
+                with m.Case(codes):
+                    m.d.sync += current.eq(current >> (taken * plane))
+                    for chunk in range(count // taken):
+                        with m.If(c.chunk == chunk):
+                            for p in range(taken):
+                                m.d.sync += self.step.planes[chunk * taken + p].eq(
+                                    current[p * plane :][:plane]
+                                )
+                    for p in range(count, 4):
+                        m.d.sync += self.step.planes[p].eq(0)
         with m.If(c.next_code):
             m.d.sync += current.eq(waiting)
 
@@ -279,9 +278,10 @@ class Outgoing(wiring.Component):
 class Decoder(wiring.Component):
     """Weight steps of every channel, in the order of the operations.
 
-    `op`: operations, buffered; `words[c]`: 64-byte words; `step`: valid while all channels hold a step (`steps[c]`), until
-    `step.ready`. At most one step and one word per cycle; words are taken as long as there is room, so scale and pattern words
-    cost memory beats but no array cycle unless memory is the limit. `taken` is high in a cycle that takes a word.
+    `op`: operations, buffered; `words[c]`: 64-byte words; `step`: valid while all channels hold a step (`steps[c]`),
+    until `step.ready`. At most one step and one word per cycle; words are taken as long as there is room, so scale
+    and pattern words cost memory beats but no array cycle unless memory is the limit. `taken` is high in a cycle that
+    takes a word.
 
     `latency`: cycles from the transfer of the last word of a step to the step, when nothing is in front of it.
     """

@@ -48,10 +48,11 @@ class Instruction(data.Struct):
 class Dispatch(wiring.Component):
     """Decodes one instruction per cycle into its unit's queue; two cycles from `i` to the queue.
 
-    `registers`: the scalar registers. `halt` is high while a HALT is at the head (`interrupt` is its bit), until `i` is
-    transferred by `take_halt`. `error` is a one-cycle code with `error_pc`: an unknown opcode or a reserved bit
-    (ILLEGAL_INSTRUCTION), an empty product or more vectors than the array holds (SHAPE), a product outside the activation
-    buffer, the scale table or the vector buffer (ADDRESS). The faulty instruction does not reach its queue.
+    `registers`: the scalar registers. `halt` is high while a HALT is at the head (`interrupt` is its bit), until `i`
+    is transferred by `take_halt`. `error` is a one-cycle code with `error_pc`: an unknown opcode or a reserved bit
+    (ILLEGAL_INSTRUCTION), an empty product or more vectors than the array holds (SHAPE), a product outside the
+    activation buffer, the scale table or the vector buffer (ADDRESS). The faulty instruction does not reach its
+    queue.
     """
 
     latency = 2
@@ -139,7 +140,9 @@ class Dispatch(wiring.Component):
         elif op in (Op.APPEND_K, Op.APPEND_V):
             extra = {"values": int(op is Op.APPEND_V)}
         sources = {**f, **extra}
-        return [Value.cast(target[name]).eq(sources.get(name, 0)) for name, _ in data.Layout.cast(target.shape())]
+        return [
+            Value.cast(target[name]).eq(sources.get(name, 0)) for name, _ in data.Layout.cast(target.shape())
+        ]
 
     def _product_fault(self, op):
         """Error code of a product that the array or its buffers do not hold."""

@@ -32,7 +32,7 @@ class DrainOp(data.Struct):
 
 
 class ScaleLane(wiring.Component):
-    """`sat(rnd_shift(rnd_shift(acc, pre) * mult, post), 32)`; one per cycle, `latency` cycles after `acc` and `scale`."""
+    """`sat(rnd_shift(rnd_shift(acc, pre) * mult, post), 32)`; one per cycle, `latency` cycles after its operands."""
 
     latency = 3
 
@@ -62,9 +62,9 @@ class ScaleLane(wiring.Component):
 class Drain(wiring.Component):
     """Reads finished accumulators, `vector_lanes` rows of one vector per cycle, and writes VB words.
 
-    `i`: row blocks; a transfer says that the accumulators are final. `slot` selects the accumulator in all lanes, `acc`
-    is the answer of the same cycle. `free` pulses when the bank has been read, `done` when the last word of an operation
-    is in the vector buffer. The VB ports have the buffer's top priority: `rdy` is taken for granted.
+    `i`: row blocks; a transfer says that the accumulators are final. `slot` selects the accumulator in all lanes,
+    `acc` is the answer of the same cycle. `free` pulses when the bank has been read, `done` when the last word of an
+    operation is in the vector buffer. The VB ports have the buffer's top priority: `rdy` is taken for granted.
 
     A block of v vectors takes `vectors * groups` cycles; the last word is written `latency` cycles after its read.
     """

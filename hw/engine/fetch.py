@@ -19,9 +19,9 @@ ADDR_BITS = 32
 class Fetcher(wiring.Component):
     """Streams instructions from word `program` after `start`, until `stop`.
 
-    Reads ahead past the end of the program (within the address space); `stop` swallows what is in flight and holds until
-    `idle`. An instruction word that memory answers with an error is not delivered: `error` is `Error.BUS`, `pc` the index of
-    the instruction that could not be read.
+    Reads ahead past the end of the program (within the address space); `stop` swallows what is in flight and holds
+    until `idle`. An instruction word that memory answers with an error is not delivered: `error` is `Error.BUS`, `pc`
+    the index of the instruction that could not be read.
     """
 
     def __init__(self):

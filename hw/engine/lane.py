@@ -59,10 +59,10 @@ class Lane(wiring.Component):
     """Scale a dot product into one of the accumulators: `(acc >> decay or 0) + dot * scale + sum(a) * minimum`.
 
     Weights and keys: scale and minimum are the row's fp16 records and `sum` the sum of the activations; decay is 0.
-    Values: the product is `dot << shift`, plus `addend` as it is; scale and minimum are ignored.
-    Accumulator `slot` = bank * vectors + vector, 56 bits. `load` takes `scale` and `minimum` with the weight step of the
-    multipliers; they meet the dot products of that step. `dot` and `control` belong to cycle t, `add` to t + 1, `update` to
-    t + 3; the accumulator holds the result in t + `latency`. `drained` reads accumulator `drain` combinationally.
+    Values: the product is `dot << shift`, plus `addend` as it is; scale and minimum are ignored. Accumulator `slot` =
+    bank * vectors + vector, 56 bits. `load` takes `scale` and `minimum` with the weight step of the multipliers; they
+    meet the dot products of that step. `dot` and `control` belong to cycle t, `add` to t + 1, `update` to t + 3; the
+    accumulator holds the result in t + `latency`. `drained` reads accumulator `drain` combinationally.
     """
 
     latency = 4

@@ -176,10 +176,10 @@ class Issue(wiring.Component):
 class MatrixUnit(wiring.Component):
     """Everything between the memory channels and the vector buffer.
 
-    `op`: operations, in order, two buffered ahead; `done` pulses when an operation's last output is in the vector buffer.
-    `words[c]`: the weight channels. `act`, `table`: writes of activation groups and output scales (visible to operations
-    that are accepted later). `y`, `old`: the vector buffer, never made to wait. `error` stays at `Error.PATTERN` after an
-    illegal 2:4 pattern. `fired`, `no_weights`, `no_bank`, `taken` count in the controller.
+    `op`: operations, in order, two buffered ahead; `done` pulses when an operation's last output is in the vector
+    buffer. `words[c]`: the weight channels. `act`, `table`: writes of activation groups and output scales (visible to
+    operations that are accepted later). `y`, `old`: the vector buffer, never made to wait. `error` stays at
+    `Error.PATTERN` after an illegal 2:4 pattern. `fired`, `no_weights`, `no_bank`, `taken` count in the controller.
     """
 
     def __init__(self, config: EngineConfig):

@@ -21,9 +21,9 @@ def queued(op) -> data.StructLayout:
 class UnitQueue(wiring.Component):
     """`QUEUE_DEPTH` operations in front of a unit, at most `IN_FLIGHT` inside it.
 
-    The head takes all its tokens at once (`wait`) and goes to the unit in the same cycle if that is ready. `done` releases
-    the tokens of the oldest operation inside, in order (`release`). `pc` is the oldest instruction that has not finished;
-    `waiting` counts as a stall for tokens, `busy` as work.
+    The head takes all its tokens at once (`wait`) and goes to the unit in the same cycle if that is ready. `done`
+    releases the tokens of the oldest operation inside, in order (`release`). `pc` is the oldest instruction that has
+    not finished; `waiting` counts as a stall for tokens, `busy` as work.
     """
 
     latency = 1

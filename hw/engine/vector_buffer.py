@@ -17,9 +17,9 @@ URAM_WORDS = 4096
 class VectorBuffer(wiring.Component):
     """Ports by requester, in order of priority: reads `drain`, `a`, `b`, `dma`; writes `drain_w`, `y`, `dma_w`.
 
-    A request is granted in the cycle in which `en & rdy`; `rdy` is low only while a requester of higher priority uses the
-    same bank. Read data come one cycle after the grant; a read of a word that is written in the same cycle gives the old
-    word. The drain has the first place of both orders and never waits.
+    A request is granted in the cycle in which `en & rdy`; `rdy` is low only while a requester of higher priority uses
+    the same bank. Read data come one cycle after the grant; a read of a word that is written in the same cycle gives
+    the old word. The drain has the first place of both orders and never waits.
     """
 
     latency = 1

@@ -22,9 +22,9 @@ HARNESS = Path("hw/engine/core_harness.cpp")
 class CoreJob:
     """What a run of `MatVecCore` starts from.
 
-    acts: (first group, int8 [n, 32], side records uint64 [n]) blocks; table: entry -> (pre, mult, post);
-    operations: field dictionaries of MATRIX; words: uint8 [channels, n, 64]; vector_buffer: int32 [words, vector_lanes];
-    gap: chance in 256 that an idle channel waits another cycle.
+    acts: (first group, int8 [n, 32], side records uint64 [n]) blocks; table: entry -> (pre, mult, post); operations:
+    field dictionaries of MATRIX; words: uint8 [channels, n, 64]; vector_buffer: int32 [words, vector_lanes]; gap:
+    chance in 256 that an idle channel waits another cycle.
     """
 
     config: EngineConfig

@@ -22,7 +22,7 @@ MAX_CYCLES = 2_000_000_000
 
 @dataclass(frozen=True)
 class EngineRun:
-    """A run from start to interrupt: state and error registers, cycles, counters by name, bytes on the channels since the
+    """A run from start to interrupt: state, error, cycles, counters by name, and bytes on the channels since the
     process started."""
 
     state: State

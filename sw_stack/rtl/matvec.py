@@ -38,7 +38,7 @@ class MatvecResult:
 def weight_fields(
     codes: np.ndarray, scales: np.ndarray, minima: np.ndarray | None, fmt: WeightFormat
 ) -> Fields:
-    """Stored fields of a weight matrix: codes [N, K] (0 where a 2:4 weight is dropped), scale and minimum [N, groups]."""
+    """Stored fields of codes [N, K] (0 where a 2:4 weight is dropped) with scale and minimum [N, groups]."""
     scale = scales.astype(np.float16).view(np.uint16)
     minimum = None if minima is None else minima.astype(np.float16).view(np.uint16)
     if not fmt.sparse24:

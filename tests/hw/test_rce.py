@@ -165,18 +165,20 @@ def test_lane_scales_accumulates_and_rescales_exactly():
     async def bench(ctx):
         latency = LanePair.latency
         for t in range(len(steps) + latency + Lane.latency + 1):
-            at = lambda ago: steps[t - ago] if 0 <= t - ago < len(steps) else None  # noqa: E731
-            if now := at(0):
+            at_time = {
+                ago: steps[t - ago] if 0 <= t - ago < len(steps) else None for ago in range(5 + latency)
+            }
+            if now := at_time[0]:
                 ctx.set(dut.load, 1)
                 ctx.set(dut.scale, now["scale"])
                 ctx.set(dut.minimum, now["minimum"])
-            if scaled := at(1 + latency):
+            if scaled := at_time[1 + latency]:
                 ctx.set(dut.dot, scaled["dot"])
                 sum_ = 0 if scaled["values"] else scaled["addend"]
                 ctx.set(dut.control, {"values": scaled["values"], "sum": sum_, "shift": scaled["shift"]})
-            if added := at(2 + latency):
+            if added := at_time[2 + latency]:
                 ctx.set(dut.add, {"values": added["values"], "addend": added["addend"]})
-            update = at(4 + latency)
+            update = at_time[4 + latency]
             ctx.set(dut.update.valid, update is not None)
             if update:
                 for name in ("first", "slot", "decay"):

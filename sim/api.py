@@ -103,6 +103,7 @@ def evaluate(
         ),
         **_endurance(scheme, tokens_per_s),
         policy=scheme.policy(),
+        numerics=scheme.numerics(),
         assumptions=provenance(scheme),
         timeline=run.spans("prefill", prefill.run) + run.spans("decode step", middle.run),
     )

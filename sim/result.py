@@ -70,6 +70,8 @@ class RunResult(BaseModel):
     flash_write_amplification: float
     flash_lifetime_years: float | None
     policy: dict[str, Any]
+    numerics: str
+    """weights/activations/kv/policy in the words of docs/accuracy.md; sim.accuracy looks it up."""
     assumptions: list[dict[str, Any]]
     timeline: list[Span]
 

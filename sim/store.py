@@ -1,15 +1,17 @@
 """The durable store of a sweep: one SQLite file, a row per point, committed as it comes.
 
-A point's key is the hash of everything its result depends on: the point, the fidelity, the spec version and the
-measured cycles. So a resumed sweep skips what is stored, and a changed calibration computes anew instead of mixing.
+A point's key is the hash of everything its result depends on: the point, the fidelity, the spec version, the code and
+presets of `sim`, the measured cycles, and any file that the point names. So a resumed sweep skips what is stored, and
+an edited preset or a new calibration computes anew instead of mixing.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +29,23 @@ class StoreError(KVStrataError):
     """The store cannot be used; the message says what to do."""
 
 
-def calibration_hash() -> str:
-    """Hash of every measured table."""
-    digest = hashlib.sha256()
-    for path in sorted(measured.CALIBRATION.glob("*.json")):
+PACKAGE = Path(__file__).resolve().parent
+
+
+def inputs_hash() -> str:
+    """Hash of the package's code, presets and data, and of every measured table."""
+    digest = hashlib.sha256(SPEC_VERSION.encode())
+    packaged = [p for p in PACKAGE.rglob("*") if p.suffix in (".py", ".toml", ".csv")]
+    for path in sorted(packaged) + sorted(measured.CALIBRATION.glob("*.json")):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def key_of(point: Mapping[str, Any], fidelity: str, calibration: str) -> str:
-    """Key of a point."""
-    text = json.dumps([SPEC_VERSION, calibration, fidelity, dict(point)], sort_keys=True)
+def key_of(point: Mapping[str, Any], fidelity: str, inputs: str) -> str:
+    """Key of a point; files that it names by path count with their contents."""
+    named = [Path(v) for v in point.values() if isinstance(v, str) and v.endswith((".toml", ".json"))]
+    contents = [hashlib.sha256(p.read_bytes()).hexdigest() for p in named if p.is_file()]
+    text = json.dumps([inputs, fidelity, dict(point), contents], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
@@ -84,23 +92,23 @@ class Store:
         with self._db:
             self._db.execute("INSERT INTO points VALUES (?, ?, ?, ?, ?, ?)", row)
 
-    def table(self, sweep: str) -> list[dict[str, Any]]:
-        """Flat rows of a sweep in the order of its points: point fields, status, and metrics or the error."""
-        query = "SELECT point, status, result FROM points WHERE sweep = ? ORDER BY ordinal"
+    def table(self, keys: Iterable[str]) -> list[dict[str, Any]]:
+        """Flat rows in the order of `keys`: point fields, status, and metrics or the reason of a refusal."""
+        query = "SELECT key, point, status, result FROM points"
+        stored = {key: row for key, *row in self._db.execute(query)}
         rows = []
-        for point, status, result in self._db.execute(query, (sweep,)):
+        for point, status, result in (stored[key] for key in keys):
             fields = json.loads(result)
             rows.append(
                 {**json.loads(point), "status": status, **(fields if status == "ok" else {"error": fields})}
             )
         return rows
 
-    def write_parquet(self, sweep: str, path: Path) -> None:
-        """Export a sweep through a temporary name."""
-        import os
 
-        import polars as pl
+def write_parquet(rows: list[dict[str, Any]], path: Path) -> None:
+    """Write rows as a Parquet table through a temporary name; a field that a row lacks is null."""
+    import polars as pl
 
-        temporary = path.with_suffix(path.suffix + ".part")
-        pl.DataFrame(self.table(sweep), infer_schema_length=None, strict=False).write_parquet(temporary)
-        os.replace(temporary, path)
+    temporary = path.with_suffix(path.suffix + ".part")
+    pl.DataFrame(rows, infer_schema_length=None, strict=False).write_parquet(temporary)
+    os.replace(temporary, path)

@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from typing import Any
 
 from golden.spec import KVStrataError
+from sim import accuracy
 from sim import store as stores
 from sim.store import Store
 from sim.sweepfile import Point, Sweep
@@ -81,15 +83,17 @@ def run(
     scheduler: str = "",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[dict[str, Any]]:
-    """Run what is not stored yet and return the table of the sweep.
+    """Run what is not stored yet and return the table of the sweep: its points once each, in order.
 
     Raises SweepError when a worker dies; everything finished until then is stored, and the same call resumes.
     """
-    calibration = stores.calibration_hash()
+    inputs = stores.inputs_hash()
     known = store.known()
+    keys: dict[str, None] = {}
 
     def compute(points: Iterable[tuple[int, Point]]) -> None:
-        jobs = [(n, stores.key_of(p, sweep.fidelity, calibration), p) for n, p in points]
+        jobs = [(n, stores.key_of(p, sweep.fidelity, inputs), p) for n, p in points]
+        keys.update(dict.fromkeys(job[1] for job in jobs))
         fresh = {job[1]: job for job in jobs if job[1] not in known}
         todo = list(fresh.values())
         source = (
@@ -109,10 +113,17 @@ def run(
             ) from None
 
     if sweep.method == "search":
-        _search(sweep, lambda p: stores.key_of(p, sweep.fidelity, calibration), known, compute)
+        _search(sweep, lambda p: stores.key_of(p, sweep.fidelity, inputs), known, compute)
     else:
         compute(enumerate(sweep.listed_points()))
-    return store.table(sweep.name)
+    return [with_accuracy(row, sweep) for row in store.table(keys)]
+
+
+def with_accuracy(row: dict[str, Any], sweep: Sweep) -> dict[str, Any]:
+    """The row with its measured accuracy, where the sweep names a table; results themselves are stored without."""
+    if not sweep.accuracy_table or "numerics" not in row:
+        return row
+    return {**row, accuracy.METRIC: accuracy.top1(row["numerics"], Path(sweep.accuracy_table))}
 
 
 def _search(
@@ -136,7 +147,10 @@ def _search(
         compute((first + i, point) for i, point in enumerate(points))
         for trial, point in zip(trials, points):
             outcome = known[key_of(point)]
-            values = [outcome["result"][m] for m in sweep.objectives] if outcome["status"] == "ok" else None
+            values = None
+            if outcome["status"] == "ok":
+                metrics = with_accuracy(outcome["result"], sweep)
+                values = [metrics[m] for m in sweep.objectives]
             failed = values is None or any(v is None for v in values)
             state = optuna.trial.TrialState.FAIL if failed else optuna.trial.TrialState.COMPLETE
             study.tell(trial, None if failed else values, state=state)

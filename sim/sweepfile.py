@@ -16,6 +16,7 @@ csd_count = [1, 2, 4]
 [objectives]
 tokens_per_s = "max"
 energy_j_per_token = "min"
+accuracy_top1 = "max"              # with accuracy_table = "build/accuracy/accuracy.parquet" at the top
 """
 
 from __future__ import annotations
@@ -29,13 +30,14 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from sim.accuracy import METRIC
 from sim.describe.base import ConfigError, Count, Described, build, did_you_mean
 from sim.describe.workload import Workload
 from sim.schemes import SCHEMES
 
 OBJECTIVES = (
     "tokens_per_s", "decode_tokens_per_s", "time_to_first_token_s", "time_per_output_token_s", "energy_j_per_token",
-    "cost_usd_per_million_tokens", "flash_lifetime_years",
+    "cost_usd_per_million_tokens", "flash_lifetime_years", METRIC,
 )  # fmt: skip
 Point = dict[str, Any]
 Direction = Literal["max", "min"]
@@ -55,6 +57,7 @@ class Sweep(Described):
     workload: dict[str, Any] = Field(default_factory=dict)
     set: dict[str, list[Any]] = Field(default_factory=dict)
     range: dict[str, tuple[float, float]] = Field(default_factory=dict)
+    accuracy_table: str = ""
     objectives: dict[str, Direction] = {"tokens_per_s": "max"}
 
     @model_validator(mode="after")
@@ -72,6 +75,10 @@ class Sweep(Described):
         for metric in self.objectives:
             if metric not in OBJECTIVES:
                 raise ValueError(f"unknown objective {metric!r}{did_you_mean(metric, list(OBJECTIVES))}")
+        if METRIC in self.objectives and not self.accuracy_table:
+            raise ValueError(
+                f"objective {METRIC} needs accuracy_table, the file that `make accuracy` writes, got none"
+            )
         for field in self.workload:
             if field not in Workload.model_fields:
                 hint = did_you_mean(field, list(Workload.model_fields))

@@ -80,6 +80,10 @@ class Scheme(ABC):
         """Placement and schedule in the scheme's own terms."""
         return {}
 
+    def numerics(self) -> str:
+        """weights/activations/kv/policy as docs/accuracy.md names them; fp16 counts as its reference, float."""
+        return "float/float/float/dense"
+
     def provenance(self) -> list[dict[str, Any]]:
         """Rows about values that belong to no description, such as measured cycles."""
         return []

@@ -196,6 +196,9 @@ class CsdSparf(CsdDense):
         """r."""
         return max(1, round(self.workload.sparsity * self.model.head_size))
 
+    def numerics(self) -> str:
+        return f"float/float/float/sparf:{self.marked_channels},{self.workload.sparsity:g}"
+
     def page_shares(self) -> tuple[float, float]:
         """(channel pages, token pages) read, as shares of all of their kind."""
         dh, csd = self.model.head_size, self.csd

@@ -197,6 +197,10 @@ class FlexgenSparq(FlexgenSsd):
         """Elements read of K and V: (S r + 2 k dh) / (2 S dh), at most all."""
         return min(1.0, self.workload.sparsity * 1.5)
 
+    def numerics(self) -> str:
+        channels = max(1, round(self.workload.sparsity * self.model.head_size))
+        return f"float/float/float/sparq:{channels},{self.workload.sparsity:g}"
+
     def kv_read_bytes(self, context: int) -> float:
         return super().kv_read_bytes(context) * self._sparse_share()
 

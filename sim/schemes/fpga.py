@@ -120,6 +120,11 @@ class FpgaEngine(Scheme):
     def provenance(self) -> list[dict[str, Any]]:
         return [measured.fit(engine.MATRIX_BLOCKS).provenance()] if self.fpga.engine == "rtl" else []
 
+    def numerics(self) -> str:
+        fpga = self.fpga
+        window = f"lambda-limit:{fpga.sink_tokens}+{fpga.window_tokens}" if fpga.window_tokens else "dense"
+        return f"{fpga.weight_format}/a8/{fpga.kv_format}/{window}"
+
     def policy(self) -> dict[str, Any]:
         fpga = self.fpga
         return {

@@ -108,6 +108,9 @@ class FpgaCsd(FpgaEngine):
         back = graph.move("partials", "transfer", ("drives to fpga",), output, [read, busy])
         return [*window, back]
 
+    def numerics(self) -> str:
+        return f"{self.fpga.weight_format}/a8/{self.fpga.kv_format}/dense"
+
     def flash_written_per_token(self) -> float:
         w = self.workload
         return self.model.kv_bytes_per_token * self.older_tokens(w.total_tokens) / w.output_tokens

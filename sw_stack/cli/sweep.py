@@ -20,7 +20,7 @@ def command(
     from rich.progress import Progress
 
     from sim.pareto import front
-    from sim.store import Store
+    from sim.store import Store, write_parquet
     from sim.sweep import run
     from sim.sweepfile import load_sweep
     from sw_stack.cli.output import note, show_json, show_rows
@@ -35,8 +35,8 @@ def command(
             scheduler,
             lambda done, total: bar.update(task, completed=done, total=total),
         )
-        if parquet:
-            opened.write_parquet(sweep.name, parquet)
+    if parquet:
+        write_parquet(rows, parquet)
     if as_json:
         show_json(rows)
         return

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from golden.spec.engine import ENGINE_CONFIGS
 from sim.describe.base import ConfigError, build, listed, load
 from sim.describe.devices import Csd, Fpga, Gpu, Host, Link, Ssd
 from sim.describe.machine import load_machine
@@ -132,3 +133,10 @@ def test_link_payload_matches_the_usual_figures():
     assert load(Link, "pcie4-x16").payload_gb_per_s == pytest.approx(26, rel=0.03)
     assert load(Link, "pcie3-x16").payload_gb_per_s == pytest.approx(13, rel=0.03)
     assert 6.5 <= load(Link, "pcie4-x4").payload_gb_per_s <= 7.0
+
+
+@pytest.mark.parametrize(("preset", "config"), [("u280", "u280"), ("vhk158", "u280"), ("kv260", "small")])
+def test_engines_of_this_repository_have_the_width_that_the_spec_builds(preset, config):
+    fpga, built = load(Fpga, preset), ENGINE_CONFIGS[config]
+    assert fpga.macs_per_cycle == built.macs_per_cycle
+    assert fpga.port_bytes_per_cycle == 64 * built.channels

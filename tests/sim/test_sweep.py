@@ -13,7 +13,7 @@ import pytest
 from sim import sweep as sweeps
 from sim.describe.base import ConfigError
 from sim.pareto import front
-from sim.store import Store, StoreError
+from sim.store import Store, StoreError, write_parquet
 from sim.sweep import SweepError, evaluate, run
 from sim.sweepfile import load_sweep
 
@@ -164,9 +164,31 @@ def test_changed_calibration_is_computed_anew(tmp_path, calibration):
     sweep = load_sweep(written(tmp_path, GRID))
     with Store(tmp_path / "s.sqlite") as store:
         run(sweep, store, workers=1)
+        before = len(store.known())
         (calibration / "new.json").write_text("{}")
-        rows = run(sweep, store, workers=1)
-    assert len(rows) == 60
+        assert len(run(sweep, store, workers=1)) == before == 30
+        assert len(store.known()) == 60
+
+
+def test_two_sweeps_share_a_store_and_its_points(tmp_path):
+    one, other = load_sweep(written(tmp_path, GRID)), load_sweep(written(tmp_path, GRID, "other"))
+    with Store(tmp_path / "s.sqlite") as store:
+        rows = run(one, store, workers=1)
+        assert run(other, store, workers=1) == rows
+        assert len(store.known()) == 30
+
+
+def test_an_edited_machine_file_is_computed_anew(tmp_path):
+    machine = tmp_path / "mine.toml"
+    text = 'name = "mine"\ngpu = "a6000"\ngpu_count = {}\n[source]\ngpu_count = "mine"\n'
+    machine.write_text(text.format(1))
+    file = f'machine = "{machine}"\nscheme = "gpu-resident"\n[workload]\nbatch = 8\noutput_tokens = 8\n'
+    sweep = load_sweep(written(tmp_path, file))
+    with Store(tmp_path / "s.sqlite") as store:
+        assert len(run(sweep, store, workers=1)) == 1
+        machine.write_text(text.format(2))
+        assert len(run(sweep, store, workers=1)) == 1
+        assert len(store.known()) == 2
 
 
 def test_parquet_holds_the_table(tmp_path):
@@ -175,7 +197,7 @@ def test_parquet_holds_the_table(tmp_path):
     sweep = load_sweep(written(tmp_path, GRID))
     with Store(tmp_path / "s.sqlite") as store:
         rows = run(sweep, store, workers=1)
-        store.write_parquet(sweep.name, tmp_path / "t.parquet")
+    write_parquet(rows, tmp_path / "t.parquet")
     frame = pl.read_parquet(tmp_path / "t.parquet")
     assert frame["tokens_per_s"].to_list() == [r.get("tokens_per_s") for r in rows]
 
@@ -218,3 +240,51 @@ def test_the_front_keeps_only_what_nothing_beats():
     rows = [{"a": 1, "b": 1}, {"a": 2, "b": 2}, {"a": 3, "b": 1}, {"a": 2, "b": 3}, {"a": 0, "b": 9}]
     assert front(rows, {"a": True, "b": True}) == [{"a": 3, "b": 1}, {"a": 2, "b": 3}, {"a": 0, "b": 9}]
     assert front(rows, {"a": True, "b": False}) == [{"a": 3, "b": 1}]
+
+
+ACCURACY = """
+machine = "reference"
+scheme = ["flexgen-ssd", "flexgen-sparq"]
+accuracy_table = "{table}"
+[workload]
+batch = [16, 32]
+output_tokens = 16
+[objectives]
+tokens_per_s = "max"
+accuracy_top1 = "max"
+"""
+
+
+def test_accuracy_is_looked_up_and_never_guessed(tmp_path):
+    import polars as pl
+
+    table = tmp_path / "a.parquet"
+    row = {"weights": "float", "activations": "float", "kv": "float", "policy": "dense", "context": 256}
+    sparse = {**row, "policy": "sparq:16,0.125", "context": 1024, "top1_agreement": 0.84}
+    short = {**sparse, "context": 256, "top1_agreement": 0.9}
+    pl.DataFrame([{**row, "top1_agreement": 1.0}, sparse, short]).write_parquet(table)
+    sweep = load_sweep(written(tmp_path, ACCURACY.format(table=table)))
+    with Store(tmp_path / "s.sqlite") as store:
+        rows = run(sweep, store, workers=1)
+    assert {r["scheme"]: r["accuracy_top1"] for r in rows} == {"flexgen-ssd": 1.0, "flexgen-sparq": 0.84}
+    best = front(rows, {"tokens_per_s": True, "accuracy_top1": True})
+    assert {r["scheme"] for r in best} == {"flexgen-ssd", "flexgen-sparq"}
+    pl.DataFrame([{**row, "top1_agreement": 1.0}]).write_parquet(tmp_path / "b.parquet")
+    other = load_sweep(written(tmp_path, ACCURACY.format(table=tmp_path / "b.parquet")))
+    with Store(tmp_path / "s.sqlite") as store:
+        assert {
+            r["accuracy_top1"] for r in run(other, store, workers=1) if r["scheme"] == "flexgen-sparq"
+        } == {None}
+
+
+def test_accuracy_as_an_objective_needs_its_table(tmp_path):
+    with pytest.raises(ConfigError, match="objective accuracy_top1 needs accuracy_table"):
+        load_sweep(written(tmp_path, ACCURACY.replace('accuracy_table = "{table}"\n', "")))
+    sweep = load_sweep(written(tmp_path, ACCURACY.format(table="nowhere.parquet")))
+    with (
+        Store(tmp_path / "s.sqlite") as store,
+        pytest.raises(
+            ConfigError, match="accuracy table nowhere.parquet cannot be read: run `make accuracy`"
+        ),
+    ):
+        run(sweep, store, workers=1)

@@ -1,0 +1,81 @@
+"""The verbs of the system model as a user meets them: JSON that parses, files that open, errors of one sentence."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from sw_stack.cli import main
+
+
+def run(capsys, *arguments):
+    """(exit code, standard output, standard error) of a command line."""
+    with pytest.raises(SystemExit) as left:
+        main([str(a) for a in arguments])
+    shown = capsys.readouterr()
+    return left.value.code or 0, shown.out, shown.err
+
+
+def test_simulate_prints_full_results_as_json_and_writes_trace_and_table(capsys, tmp_path):
+    import polars as pl
+
+    trace, table = tmp_path / "t.json", tmp_path / "t.parquet"
+    code, out, _ = run(
+        capsys, "simulate", "flexgen-ssd", "gpu-recompute", "--batch", 16, "--set", "ssd_count=2",
+        "--trace", trace, "--parquet", table, "--json",
+    )  # fmt: skip
+    assert code == 0
+    results = json.loads(out)
+    assert [r["scheme"] for r in results] == ["flexgen-ssd", "gpu-recompute"]
+    assert json.loads(trace.read_text())["traceEvents"]
+    assert pl.read_parquet(table)["tokens_per_s"].to_list() == [r["tokens_per_s"] for r in results]
+
+
+def test_simulate_serves_arrivals(capsys):
+    code, out, _ = run(
+        capsys, "simulate", "gpu-resident", "--arrivals-per-s", 0.5, "--requests", 20, "--input-tokens", 128,
+        "--output-tokens", 32, "--json",
+    )  # fmt: skip
+    assert code == 0
+    assert json.loads(out)[0]["latency_s.p99"] > 0
+
+
+def test_sweep_runs_a_file_and_resumes(capsys, tmp_path):
+    file, store = tmp_path / "s.toml", tmp_path / "s.sqlite"
+    file.write_text('scheme = "flexgen-ssd"\n[workload]\nbatch = [8, 16]\noutput_tokens = 8\n')
+    first = run(capsys, "sweep", file, "--store", store, "--workers", 1, "--json")
+    again = run(capsys, "sweep", file, "--store", store, "--workers", 1, "--json")
+    assert first[0] == 0
+    assert json.loads(first[1]) == json.loads(again[1])
+    assert len(json.loads(first[1])) == 2
+
+
+def test_reproduce_prints_rows_and_summary(capsys):
+    code, out, _ = run(capsys, "reproduce", "--json")
+    assert code == 0
+    data = json.loads(out)
+    assert data["summary"]["calibration_rows"] <= 4
+    assert len(data["rows"]) > 40
+    assert len(data["findings"]) == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["simulate", "csd-dens"], "unknown scheme 'csd-dens' (did you mean csd-dense?)"),
+        (["simulate", "gpu-resident", "--batch", "64"], "a batch of 13 would fit"),
+        (["simulate", "gpu-resident", "--batch", "0"], "field batch:"),
+        (["simulate", "gpu-resident", "--machine", "refernce"], "did you mean reference?"),
+        (["simulate", "gpu-resident", "--set", "gpu.tdp_w"], "an override has the form device.field=value"),
+        (["simulate", "gpu-resident", "--set", "gpu.tdp_w=-3"], "greater than 0, got -3"),
+        (["sweep", "nowhere.toml"], "sweep file nowhere.toml does not exist"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_a_nonzero_exit(arguments, message):
+    code = f"from sw_stack.cli import main; main({arguments!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.strip().count("\n") == 0

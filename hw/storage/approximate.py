@@ -1,7 +1,7 @@
 """Alpha of SparF: how much of the approximate softmax the selected tokens hold (docs/formats-storage.md, section 6).
 
-The probabilities of the approximate pass are kept as they leave the softmax, in 16 bits, with the running maximum of their
-group; the selection reads them back token by token while the pages of the exact pass are already on their way.
+The probabilities of the approximate pass are kept as they leave the softmax, in 16 bits, with the running maximum
+of their group; the selection reads them back token by token while the pages of the exact pass are on their way.
 """
 
 from amaranth import Array, Cat, Const, Module, Mux, Signal, signed, unsigned
@@ -26,8 +26,8 @@ class AlphaUnit(wiring.Component):
 
     - `probability`: what the kernel's lanes give in the approximate pass; `clear` before its first group.
     - `capture`: the pass has ended; `sum` holds. Rows are taken from then on.
-    - `row`: the selection, a mask per 16 tokens; every row is passed on at `selected` and its tokens are summed, one per
-      cycle (`whole` says that all tokens are selected, which makes alpha 1).
+    - `row`: the selection, a mask per 16 tokens; every row is passed on at `selected` and its tokens are summed, one
+      per cycle (`whole` says that all tokens are selected, which makes alpha 1).
     - `alpha`: per lane, from `done` (one cycle) until the next `done`.
     """
 

@@ -27,8 +27,8 @@ class Feeder(wiring.Component):
     - `address` (row of q, slice) and `elements`, one cycle later.
     - `score` (one cycle): a pass asks for the token selection, which answers with `score_ready` from then on;
       `scored` (one cycle): its last score has been made.
-    - `fault` (one cycle): a page of `slot` failed; `ended` (one cycle): an exact pass is over, `failed` or with output to
-      come.
+    - `fault` (one cycle): a page of `slot` failed; `ended` (one cycle): an exact pass is over, `failed` or with
+      output to come.
     """
 
     def __init__(self):

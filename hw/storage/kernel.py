@@ -71,8 +71,8 @@ QUIET = 200
 class AttentionKernel(wiring.Component):
     """Ports:
 
-    - `i`: beats. `o`: output elements. `scale`, `alpha`, `poison`: of the approximate pass and of the mix, per lane, held
-      by the sequencer from the START beat on.
+    - `i`: beats. `o`: output elements. `scale`, `alpha`, `poison`: of the approximate pass and of the mix, per lane,
+      held by the sequencer from the START beat on.
     - `key`: pooled scores of the approximate pass in token order. `probability`: what the softmax of each lane gives.
     - `idle`: nothing is in flight but output elements; `sum` and `poisoned` are those of the pass that has ended.
 

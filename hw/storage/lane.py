@@ -84,8 +84,8 @@ PROBABILITY = data.StructLayout(
 
 class QueryLane(wiring.Component):
     """Ports: `control`; `b`, the beat's unpacked elements at OPERAND_TIME; `load`, write `b` into q (time 2);
-    `c`, `frac`, the score's scale; `score`, what entered the softmax; `probability`, what left it; `sum`, `poisoned`; `o`,
-    the output accumulator at `output_read`, one cycle later."""
+    `c`, `frac`, the score's scale; `score`, what entered the softmax; `probability`, what left it; `sum`, `poisoned`;
+    `o`, the output accumulator at `output_read`, one cycle later."""
 
     control: In(CONTROL)
     b: In(OPERANDS)

@@ -1,7 +1,7 @@
 """The last stage of a head: normalise, mix with v-bar, convert (docs/formats-storage.md, sections 5 and 6).
 
-One pipeline serves the queries of a kernel one after the other; dense attention is the mix with alpha = 1 and v-bar = 0,
-so both go the same way.
+One pipeline serves the queries of a kernel one after the other; dense attention is the mix with alpha = 1 and
+v-bar = 0, so both go the same way.
 """
 
 from amaranth import Array, Cat, Module, Mux, Signal, unsigned

@@ -1,8 +1,8 @@
 """Page requests: which pages a pass over a head reads, in the order in which a kernel takes them.
 
 A pass is one walk over a head: channel pages of the approximate step, or token pages (all of them, or the selected
-ones). Every page of a pass, read or not, has an entry in its kernel's ledger, in order, so that whatever goes wrong with
-one page the passes stay aligned.
+ones). Every page of a pass, read or not, has an entry in its kernel's ledger, in order, so that whatever goes wrong
+with one page the passes stay aligned.
 """
 
 from amaranth import Cat, Const, Module, Mux, Signal
@@ -102,7 +102,7 @@ class TokenPass(wiring.Component):
 
 
 class AllPages(wiring.Component):
-    """Every token page of a head: `start` with `tokens` and `wide` held; the last page's marks end at the last token."""
+    """Every token page of a head: `start` with `tokens`, `wide` held; the last page's marks end at the last token."""
 
     start: In(1)
     wide: In(1)

@@ -1,11 +1,11 @@
 """What SparF needs of q before any page: the r largest channels, and the scale that their share of |q| asks for.
 
-docs/formats-storage.md, section 6, steps 1 and 2. The unit walks q element by element, one query after the other, once for
-the weights and once more for the marked share; both walks hide behind the pages of the jobs before.
+docs/formats-storage.md, section 6, steps 1 and 2. The unit walks q element by element, one query after the other,
+once for the weights and once more for the marked share; both walks hide behind the pages of the jobs before.
 """
 
 from amaranth import Array, Cat, Const, Module, Mux, Signal
-from amaranth.lib import data, stream, wiring
+from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
 from golden.spec.storage import BEAT_ELEMENTS, RATIO_FRAC, SCALE_BITS, SCALE_FRAC, SOFTMAX_SCALE
@@ -101,11 +101,10 @@ class QueryUnit(wiring.Component):
             select.cmd.p.k.eq(self.r),
             select.o.ready.eq(1),
         ]
-        with m.If(select.o.valid):
-            with m.Switch(select.o.p.row):
-                for row in range(MAX_HEAD // BEAT_ELEMENTS):
-                    with m.Case(row):
-                        m.d.sync += self.marks[row * 16 : row * 16 + 16].eq(select.o.p.mask)
+        with m.If(select.o.valid), m.Switch(select.o.p.row):
+            for row in range(MAX_HEAD // BEAT_ELEMENTS):
+                with m.Case(row):
+                    m.d.sync += self.marks[row * 16 : row * 16 + 16].eq(select.o.p.mask)
 
         step = walking & (element == last_element)
         with m.If(walking):

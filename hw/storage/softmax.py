@@ -66,13 +66,14 @@ class SoftmaxLane(wiring.Component):
     """Ports:
 
     - `start`: forget everything (a new head); nothing may be in flight.
-    - `valid`, `score`, `slot`, `last`: a present token's score and its place in the group; `last` with the group's last.
-      At most `RING` groups may be between here and `release`.
+    - `valid`, `score`, `slot`, `last`: a present token's score and its place in the group; `last` with the group's
+      last. At most `RING` groups may be between here and the last use of their probabilities.
     - `p_valid`, `p`, `p_integer`, `p_slot`, `p_bank`, `p_last`: all 16 probabilities of a group, in slot order.
     - `shift`: what this group's rescaling is, `maximum`: its running maximum; both valid with `p_valid`.
     - `sum`, `poisoned`: state after the last group, `settle` cycles after its `p_last`.
 
-    Timing: a group leaves at one probability per cycle; the first `latency` cycles after the `last` score of an idle unit.
+    Timing: a group leaves at one probability per cycle; the first `latency` cycles after the `last` score of an idle
+    unit.
     """
 
     latency = 7 + Exp2.latency

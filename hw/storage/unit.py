@@ -4,8 +4,8 @@
                                           ^                                      | keys
                                           +---- selected pages <- alpha <- argtopk
 
-Dense heads alternate between the kernels. Of a SparF head kernel 0 takes the approximate pass and kernel 1 the exact one,
-so that the exact pass of a job streams while the next job is scored; `SLOTS` jobs are under way at once.
+Dense heads alternate between the kernels. Of a SparF head kernel 0 takes the approximate pass and kernel 1 the exact
+one, so that the exact pass of a job streams while the next job is scored; `SLOTS` jobs are under way at once.
 """
 
 from amaranth import Array, Cat, Module, Mux, Signal
@@ -45,8 +45,8 @@ OUTPUT = data.StructLayout({"data": 16, "query": 3, "element": 7, "last": 1, "co
 ELEMENTS = data.ArrayLayout(16, BEAT_ELEMENTS)
 CONFIG_STATUS = data.StructLayout({"status": 8, "field": 8})
 AHEAD = 4
-"""Approximate passes that may be asked for before the selection of the first has been: their pages stand in front of the
-selected ones in the channels, so there must be room for all their selections."""
+"""Approximate passes that may be asked for before the selection of the first has been: their pages stand in front of
+the selected ones in the channels, so there must be room for all their selections."""
 _FIELD = {name: index for index, (name, _) in enumerate(ATTEND.fields)}
 _CONFIG_FIELD = {name: index for index, (name, _) in enumerate(CONFIG.fields)}
 
@@ -54,9 +54,9 @@ _CONFIG_FIELD = {name: index for index, (name, _) in enumerate(CONFIG.fields)}
 class AttentionUnit(wiring.Component):
     """Ports:
 
-    - `config`: always answered, in the next cycle, at `config_status` (`config_done`); refused with BUSY while jobs run.
-    - `command`, then its `operand` beats: q of every query, 16 elements a beat, and for SparF v-bar. A command with a bad
-      field completes with that field's index; its operands are taken and dropped (none are, before a config).
+    - `config`: always answered, in the next cycle, at `config_status` (`config_done`); BUSY while jobs run.
+    - `command`, then its `operand` beats: q of every query, 16 elements a beat, and for SparF v-bar. A command with a
+      bad field completes with that field's index; its operands are taken and dropped (none are, before a config).
     - `cancel`: every job in the unit completes, with ABORTED unless it was already past its last page.
     - `request`, `descriptor`: pages asked of the firmware's maps, and its answers in the same order.
     - `flash`, `beat`: per flash channel, and last the DRAM group buffer: page to read, raw page.

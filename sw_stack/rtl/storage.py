@@ -48,7 +48,10 @@ class UnitConfig:
 
 @dataclass
 class Cache:
-    """K and V of a batch on flash. `m`: channels per channel-indexed page; `tail_in_dram`: unfinished pages stay there."""
+    """K and V of a batch on flash. `m`: channels per channel-indexed page.
+
+    `tail_in_dram`: unfinished pages are in the group buffer, as on the drive; else they are on flash, padded.
+    """
 
     head_size: int
     m: int = 4

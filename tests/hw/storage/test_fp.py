@@ -1,5 +1,9 @@
 """The floating-point units against numpy's own binary16 and binary32, operand by operand."""
 
+import sys
+import types
+from pathlib import Path
+
 import numpy as np
 import pytest
 from amaranth.sim import Simulator
@@ -9,6 +13,12 @@ from golden.storage import fp as golden
 from hw.storage import fp
 
 COUNT = 3000
+
+
+@pytest.fixture
+def module():
+    """The units under test; the mutation tests put a broken copy in its place."""
+    return fp
 
 
 def run(dut, inputs, outputs):
@@ -83,27 +93,27 @@ def check(got, expected, *operands):
         )
 
 
-def test_unpack_of_every_pattern_class():
+def test_unpack_of_every_pattern_class(module):
     patterns = [int(p) for p in halves(np.random.default_rng(1))]
-    dut = fp.Unpack16()
+    dut = module.Unpack16()
     got = [o for (o,) in run(dut, {"i": patterns}, [dut.o.as_value()])]
     check(got, [unpack(p) for p in patterns], patterns)
 
 
-def test_product_is_exact():
+def test_product_is_exact(module):
     rng = np.random.default_rng(2)
     a, b = halves(rng), halves(rng)
-    dut = fp.Mul16()
+    dut = module.Mul16()
     inputs = {
-        "a": [fp.UNPACKED.from_bits(unpack(int(x))) for x in a],
-        "b": [fp.UNPACKED.from_bits(unpack(int(x))) for x in b],
+        "a": [module.UNPACKED.from_bits(unpack(int(x))) for x in a],
+        "b": [module.UNPACKED.from_bits(unpack(int(x))) for x in b],
     }
     got = [o for (o,) in run(dut, inputs, [dut.o])]
     check(got, bits32(golden.mul(a.view(np.float16), b.view(np.float16))), a, b)
 
 
 @pytest.mark.parametrize("seed", [3, 4])
-def test_sum_rounds_to_nearest_even(seed):
+def test_sum_rounds_to_nearest_even(seed, module):
     rng = np.random.default_rng(seed)
     a, b = singles(rng), singles(rng)
     close = rng.integers(0, COUNT, 800)
@@ -114,24 +124,24 @@ def test_sum_rounds_to_nearest_even(seed):
     )
     b = np.where((b & 0x7F800000) == 0, np.uint32(0), b)
     b = np.where(np.isnan(as_float(b)), np.uint32(0x7FC00000), b)
-    dut = fp.Add32()
+    dut = module.Add32()
     got = [o for (o,) in run(dut, {"a": a.tolist(), "b": b.tolist()}, [dut.o])]
     check(got, bits32(golden.add(as_float(a), as_float(b))), a, b)
 
 
-def test_scaling_by_powers_of_two():
+def test_scaling_by_powers_of_two(module):
     rng = np.random.default_rng(5)
     x, d = singles(rng), rng.integers(0, 256, COUNT)
     d[::3] = rng.integers(0, 4, len(d[::3]))
-    dut = fp.Scale32()
+    dut = module.Scale32()
     got = [o for (o,) in run(dut, {"i": x.tolist(), "d": d.tolist()}, [dut.o])]
     check(got, bits32(golden.scale2(as_float(x), d)), x, d)
 
 
 @pytest.mark.parametrize(("c", "frac"), [(SOFTMAX_SCALE[64], 19), (SOFTMAX_SCALE[128], 19), (131071, 15)])
-def test_score(c, frac):
+def test_score(c, frac, module):
     s = singles(np.random.default_rng(6))
-    dut = fp.Score()
+    dut = module.Score()
     inputs = {"s": s.tolist(), "c": [c] * COUNT, "frac": [frac] * COUNT}
     got = run(dut, inputs, [dut.o.z, dut.o.poison, dut.o.dead])
     x = as_float(s)
@@ -141,21 +151,64 @@ def test_score(c, frac):
         assert result == expected, f"s = {int(s[index]):#x}: got {result}, expected {expected}"
 
 
-def test_product_with_an_integer():
+def test_product_with_an_integer(module):
     rng = np.random.default_rng(7)
     x, n, f = singles(rng), rng.integers(0, 1 << 17, COUNT), rng.integers(0, 64, COUNT)
     n[::4] >>= rng.integers(0, 17, len(n[::4]))
     n[1::50] = 65536
-    dut = fp.MulInt32()
+    dut = module.MulInt32()
     got = [o for (o,) in run(dut, {"i": x.tolist(), "n": n.tolist(), "f": f.tolist()}, [dut.o])]
     check(got, bits32(golden.mulint(as_float(x), n, f)), x, n, f)
 
 
-def test_conversion_to_binary16():
+def test_conversion_to_binary16(module):
     rng = np.random.default_rng(8)
     x = singles(rng)
     x[::2] = (x[::2] & 0x807FFFFF) | (rng.integers(98, 146, len(x[::2])) << 23).astype(np.uint32)
     x[::9] &= np.uint32(0xFFFFF000)
-    dut = fp.ToFp16()
+    dut = module.ToFp16()
     got = [o for (o,) in run(dut, {"i": x.tolist()}, [dut.o])]
     check(got, golden.to_fp16(as_float(x)).view(np.uint16), x)
+
+
+MUTATIONS = [
+    (test_unpack_of_every_pattern_class, {}, "(held[:10] << 1) << zeros", "held[:10] << zeros"),
+    (
+        test_product_is_exact,
+        {},
+        "* Cat(vb.frac, Const(1, 1))",
+        "* Cat(Const(0, 1), vb.frac[1:], Const(1, 1))",
+    ),
+    (test_product_is_exact, {}, "bad | (infinite & zero)", "bad"),
+    (
+        test_sum_rounds_to_nearest_even,
+        {"seed": 3},
+        "total_8[3] & (total_8[:3].any() | total_8[4])",
+        "total_8[3]",
+    ),
+    (test_sum_rounds_to_nearest_even, {"seed": 3}, "Cat(sticky_3 | below,", "Cat(below,"),
+    (test_sum_rounds_to_nearest_even, {"seed": 3}, "tiny_9 | zero_9", "zero_9"),
+    (test_scaling_by_powers_of_two, {}, "difference[8] | (difference == 0)", "difference[8]"),
+    (test_score, {"c": 66856, "frac": 19}, "(fine[1:] + fine[0])", "(fine[1:] + 0)"),
+    (
+        test_product_with_an_integer,
+        {},
+        "shifted_6[18] & (shifted_6[:18].any() | shifted_6[19])",
+        "shifted_6[18]",
+    ),
+    (test_conversion_to_binary16, {}, "moved_2[24] & (moved_2[:24].any() | moved_2[25])", "moved_2[24]"),
+]
+
+
+@pytest.mark.parametrize(
+    ("test", "arguments", "right", "wrong"), MUTATIONS, ids=[m[2][:30] for m in MUTATIONS]
+)
+def test_a_wrong_unit_turns_its_test_red(test, arguments, right, wrong):
+    source = Path(fp.__file__).read_text()
+    assert source.count(right) == 1, f"{right!r} stands {source.count(right)} times in the source"
+    mutant = types.ModuleType("mutant")
+    mutant.__file__ = fp.__file__
+    sys.modules["mutant"] = mutant
+    exec(compile(source.replace(right, wrong), fp.__file__, "exec"), mutant.__dict__)
+    with pytest.raises(AssertionError, match="expected"):
+        test(**arguments, module=mutant)

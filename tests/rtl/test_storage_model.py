@@ -8,10 +8,11 @@ from golden.float_decoder import FloatDecoder
 from golden.llama import english_text, load_model
 from golden.spec.storage import Status
 from golden.storage import attention
+from golden.storage.layout import Geometry
 from sw_stack.rtl.storage import Cache, Job, UnitConfig, run
 
 pytestmark = [pytest.mark.rtl, pytest.mark.slow]
-UNIT = UnitConfig(channels=8, lanes=3, max_tokens=32768)
+UNIT = UnitConfig(channels=2, lanes=3, max_tokens=1024)
 LAYER, CONTEXT = 10, 700
 STEPS = (1, 2, 15, 16, 17, 31, 33, 64, 100, 128, 250, 256, 257, 400, 512, 600, 699, 700)
 
@@ -37,7 +38,7 @@ def layer():
 @pytest.mark.parametrize("mode", ["dense", "sparf"])
 def test_growing_context_is_exact(layer, mode):
     q, k, v = layer["q"], layer["k"], layer["v"]
-    cache = Cache(k.shape[2], m=8)
+    cache = Cache(k.shape[2], m=8, geometry=Geometry(channels=2))
     jobs, expected = [], []
     for head in range(len(k)):
         cache.add(0, head, k[head], v[head])
@@ -52,9 +53,7 @@ def test_growing_context_is_exact(layer, mode):
             mean = here_v.mean(0, dtype=np.float32).astype(np.float16)
             top, window = -(-tokens // 8), min(8, -(-tokens // 8))
             jobs.append(Job(0, head, now, tokens, 16, top, window, mean))
-            expected.append(
-                attention.sparf(now, here_k, here_v, mean, r=16, top=top, window=window).output
-            )
+            expected.append(attention.sparf(now, here_k, here_v, mean, r=16, top=top, window=window).output)
     result = run(cache, jobs, UNIT, read_ns=5000)
     for number, want in enumerate(expected):
         done = result.completions[number]

@@ -15,8 +15,8 @@ from hw.flow.synth import Resources, resources
 from sw_stack.rtl.storage import BatchRun, Cache, Job, UnitConfig
 from sw_stack.rtl.storage import run as run_batch
 
-UNIT = UnitConfig(channels=8, lanes=3, max_tokens=32768)
-"""The unit of the whole-chain checks as well, so that one build serves both."""
+UNIT = UnitConfig(channels=8, lanes=1, max_tokens=4096)
+"""The published drive; OPT-13B has no grouped queries, so one query lane per kernel."""
 HEAD = 128
 FLASH = {"read_ns": 50_000}
 BYTES_PER_CYCLE = 8 * 1400 / 285
@@ -87,20 +87,63 @@ def sparf(clustered: bool) -> dict[str, float]:
     }
 
 
+def filter_beat_fraction(pages: int = 12) -> float:
+    """Raw beats per cycle that a page filter takes, over random marks of all page kinds, its reader never stalling."""
+    from amaranth.sim import Simulator
+
+    from golden.spec.storage import PAGE_CHANNEL_BEATS
+    from hw.storage.nfc.filter import PageFilter
+
+    rng, dut = np.random.default_rng(4), PageFilter()
+    cycles = 0
+
+    async def describe(ctx: Any) -> None:
+        for _ in range(pages):
+            kind = int(rng.integers(0, 3))
+            mask = int(rng.integers(0, 1 << 32)) & (0x3 if kind == 2 else 0xFFFF)
+            fields = {"kind": kind, "wide_head": 1, "m_log2": 1, "mask": mask, "tag": 0}
+            ctx.set(dut.desc.payload, fields)
+            ctx.set(dut.desc.valid, 1)
+            await ctx.tick().until(dut.desc.ready)
+        ctx.set(dut.desc.valid, 0)
+
+    async def stream(ctx: Any) -> None:
+        nonlocal cycles
+        ctx.set(dut.o.ready, 1)
+        await ctx.tick().repeat(10)
+        for beat in range(pages * PAGE_CHANNEL_BEATS):
+            at = beat % PAGE_CHANNEL_BEATS
+            fields = {"data": beat, "first": at == 0, "last": at == PAGE_CHANNEL_BEATS - 1, "fail": 0}
+            ctx.set(dut.i.payload, fields)
+            ctx.set(dut.i.valid, 1)
+            ready = False
+            while not ready:
+                _, _, ready = await ctx.tick().sample(dut.i.ready)
+                cycles += 1
+
+    simulator = Simulator(dut)
+    simulator.add_clock(1 / 285e6)
+    simulator.add_testbench(describe)
+    simulator.add_testbench(stream)
+    simulator.run()
+    return pages * PAGE_CHANNEL_BEATS / cycles
+
+
 def topk_share_32k() -> float:
-    """Cycles that argtopk adds to a lone SparF step at S = 32768, nothing else to hide it behind."""
+    """Time that argtopk adds to a lone SparF step at S = 32768, over the step's time at the flash bound.
+
+    Both parts are closed forms that tests hold against the RTL; nothing hides the selection in a lone step, and the
+    step is taken without array time, so the share is the most it can be.
+    """
     from hw.storage.topk.timing import digits_used, select_cycles
 
     rng, tokens = np.random.default_rng(3), 32768
-    q, k, v = _head(rng, tokens, clustered=False)
+    q, k, v = _head(rng, tokens, clustered=True)
     mean = v.mean(0, dtype=np.float32).astype(np.float16)
     trace = attention.sparf(q, k, v, mean, r=SPARF_R, top=tokens // 8, window=SPARF_WINDOW)
     keys = [int(key) + (1 << 31) for key in trace.scores]
     added = select_cycles(tokens, digits_used(keys, tokens // 8, window=SPARF_WINDOW))
-    cache = Cache(HEAD, m=SPARF_M, tail_in_dram=False)
-    cache.add(0, 0, k, v)
-    job = Job(0, 0, q, tokens, SPARF_R, tokens // 8, SPARF_WINDOW, mean)
-    return added / _checked(run_batch(cache, [job], UNIT, **FLASH), 1).cycles
+    return added / (added + _pages(trace, tokens) * PAGE_BYTES / BYTES_PER_CYCLE)
 
 
 def z7045(lanes: int = 4) -> tuple[Resources, int]:
@@ -148,6 +191,7 @@ def run() -> list[dict[str, Any]]:
         rows.append(
             _row(f"storage.sparf.speedup_over_dense.{name}", values["speedup"], "ratio", None, "higher")
         )
+    rows.append(_row("storage.filter.beat_fraction", filter_beat_fraction(), "beats/cycle", 1.0, "higher"))
     rows.append(_row("storage.topk.step_share_32k", topk_share_32k(), "ratio", 0.10, "lower"))
     total, levels = z7045()
     for name in ("lut", "ff", "bram", "dsp"):

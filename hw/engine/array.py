@@ -24,6 +24,7 @@ PAIR_FIELD = 15
 SUM_BITS = 2 * FIELD
 DOT_BITS = 22
 QUADS = STEP // 2
+"""Quads of a full row."""
 
 
 def _selects(patterns, sparse):
@@ -52,26 +53,29 @@ class LanePair(wiring.Component):
 
     latency = 4
 
-    def __init__(self):
+    def __init__(self, positions: int = STEP):
+        if positions % (2 * CHAIN) or not 2 * CHAIN <= positions <= STEP:
+            raise ValueError(f"A pair has a multiple of {2 * CHAIN} positions up to {STEP}, not {positions}")
+        self._positions = positions
         super().__init__(
             {
                 "load": In(1),
                 "sparse": In(1),
-                "planes": In(data.ArrayLayout(unsigned(4 * STEP), 4)),
-                "patterns": In(data.ArrayLayout(unsigned(2 * QUADS), 3)),
-                "dense_acts": In(8 * STEP),
-                "acts": In(16 * STEP),
+                "planes": In(data.ArrayLayout(unsigned(4 * positions), 4)),
+                "patterns": In(data.ArrayLayout(unsigned(positions), 3)),
+                "dense_acts": In(8 * positions),
+                "acts": In(16 * positions),
                 "correction": In(signed(DOT_BITS)),
                 "dots": Out(data.ArrayLayout(signed(DOT_BITS), 2)),
             }
         )
 
     def elaborate(self, platform):
-        m = Module()
+        m, positions = Module(), self._positions
         weights, first, second, sparse = self._weights(m)
-        products = [self._multiplier(m, j, weights, first[j], second[j], sparse) for j in range(STEP)]
+        products = [self._multiplier(m, j, weights, first[j], second[j], sparse) for j in range(positions)]
         sums = []
-        for chain in range(STEP // CHAIN):
+        for chain in range(positions // CHAIN):
             total = Signal(SUM_BITS, name=f"sum_{chain}", reset_less=True)
             m.d.sync += total.eq(sum(products[CHAIN * chain : CHAIN * (chain + 1)])[:SUM_BITS])
             sums.append(total)
@@ -84,26 +88,32 @@ class LanePair(wiring.Component):
         A row's 32 fields are four registers of eight: register k % 4, byte k // 4. All crumbs of a plane then reach
         their places with one shift and mask per register, which costs a simulator far less than a slice per field.
         """
-        crumbs = Const(sum(3 << (8 * i) for i in range(8)), 64)
-        fields = [[Signal(64, name=f"w_{r}_{s}", reset_less=True) for s in range(4)] for r in range(2)]
-        bits = [Signal(STEP, name=f"select_{i}", reset_less=True) for i in range(4)]
+        positions = self._positions
+        crumbs = Const(sum(3 << (8 * i) for i in range(positions // 4)), 2 * positions)
+        fields = [
+            [Signal(2 * positions, name=f"w_{r}_{s}", reset_less=True) for s in range(4)] for r in range(2)
+        ]
+        bits = [Signal(positions, name=f"select_{i}", reset_less=True) for i in range(4)]
         sparse = Signal(reset_less=True)
         with m.If(self.load):
             first, second = _selects(self.patterns, self.sparse)
             m.d.sync += [sparse.eq(self.sparse), *(bit.eq(new) for bit, new in zip(bits, first + second))]
             for r in range(2):
-                rows = [plane.word_select(r, 2 * STEP) for plane in self.planes]
+                rows = [plane.word_select(r, 2 * positions) for plane in self.planes]
                 for s in range(4):
-                    parts = [(((row >> (2 * s)) & crumbs) << (2 * p))[:64] for p, row in enumerate(rows)]
+                    parts = [
+                        (((row >> (2 * s)) & crumbs) << (2 * p))[: 2 * positions]
+                        for p, row in enumerate(rows)
+                    ]
                     m.d.sync += fields[r][s].eq(parts[0] | parts[1] | parts[2] | parts[3])
-        weights = [[fields[r][k % 4].word_select(k // 4, 8) for k in range(STEP)] for r in range(2)]
-        first = [Cat(bits[0][j], bits[1][j]) for j in range(STEP)]
-        second = [Cat(bits[2][j], bits[3][j]) for j in range(STEP)]
+        weights = [[fields[r][k % 4].word_select(k // 4, 8) for k in range(positions)] for r in range(2)]
+        first = [Cat(bits[0][j], bits[1][j]) for j in range(positions)]
+        second = [Cat(bits[2][j], bits[3][j]) for j in range(positions)]
         return weights, first, second, sparse
 
     def _multiplier(self, m, j, weights, first, second, sparse):
         """One DSP: operand registers, then the product register."""
-        row, quad = divmod(j, QUADS)
+        row, quad = divmod(j, self._positions // 2)
         c1, c2 = weights[row][2 * quad], weights[row][2 * quad + 1]
         acts = [self.acts[32 * quad + 8 * i : 32 * quad + 8 * i + 8] for i in range(4)]
         x = Signal(signed(27), name=f"x_{j}", reset_less=True)
@@ -134,13 +144,13 @@ class LanePair(wiring.Component):
     def _correction(self, m, weights, sparse):
         """What to take off each row, aligned with the chain sums, and the mode there."""
         mode = sparse
-        rows = [sum(weights[r][2 * q][:2] for q in range(QUADS)) for r in range(2)]
+        rows = [sum(weights[r][2 * q][:2] for q in range(self._positions // 2)) for r in range(2)]
         for stage in range(3):
             delayed = [Signal(6, name=f"codes_{r}_{stage}", reset_less=True) for r in range(2)]
             later = Signal(name=f"sparse_{stage}", reset_less=True)
             m.d.sync += [*(d.eq(r) for d, r in zip(delayed, rows)), later.eq(mode)]
             rows, mode = delayed, later
-        bias = 128 * 3 * QUADS
+        bias = 128 * 3 * (self._positions // 2)
         sparse_terms = [Cat(Const(0, 8), codes, Const(0, 1)).as_signed() - bias for codes in rows]
         return [Mux(mode, term, self.correction) for term in sparse_terms], mode
 

@@ -75,6 +75,10 @@ class ExactCache:
         self.v = [SlotBuffer(kv_heads, head_size) for _ in range(layers)]
 
 
+QUERY_BLOCK = 128
+"""Queries that attend at once: bounds memory and leaves out tiles beyond their causal end."""
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A matrix ready for exact products: integers float64 [N, K] in units of 2**-24, and where they came from."""
@@ -157,14 +161,24 @@ class ExactDecoder(Decoder):
         self._observe(layer, "kv", x_k=turned["k"], x_v=heads["v"], k=new_k, v=new_v)
         cache.k[layer].write(start, new_k)
         cache.v[layer].write(start, new_v)
-        all_k, all_v = cache.k[layer].view(start + steps), cache.v[layer].view(start + steps)
         if self.window is None:
-            live = torch.arange(start + steps)[None, :] <= positions[:, None]
-            y = attention.attend(turned["q"], all_k, all_v, live)
-            self._observe(layer, "attention", q=turned["q"], k=all_k, v=all_v, live=live, y=y)
+            y = self._dense_attention(layer, turned["q"], positions, cache)
         else:
             y = self._lambda_attention(layer, heads, turned["q"], positions, cache)
         return y.transpose(0, 1).reshape(steps, -1)
+
+    def _dense_attention(self, layer: int, q: Tensor, positions: Tensor, cache: ExactCache) -> Tensor:
+        parts = []
+        for block in positions.split(QUERY_BLOCK):
+            # Later slots are dead for the whole block: dead tiles change nothing and are left out.
+            end = int(block[-1]) + 1
+            k, v = cache.k[layer].view(end), cache.v[layer].view(end)
+            live = torch.arange(end)[None, :] <= block[:, None]
+            parts.append(attention.attend(q[:, block - int(positions[0])], k, v, live))
+        y = torch.cat(parts, 1)
+        live = torch.arange(end)[None, :] <= positions[:, None]
+        self._observe(layer, "attention", q=q, k=k, v=v, live=live, y=y)
+        return y
 
     def _lambda_attention(
         self, layer: int, heads: dict[str, Tensor], q: Tensor, positions: Tensor, cache: ExactCache

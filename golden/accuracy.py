@@ -369,6 +369,7 @@ FORMATS: tuple[tuple[Recipe, str, str, str], ...] = (
     *((recipe, "float", "float", "float") for recipe in PRUNED),
     (Recipe("w2s24", prune="magnitude"), "float", "float", "float"),
     (Recipe("w2s24", prune="sparsegpt", rounding="gptq"), "float", "float", "float"),
+    (Recipe("w2s24", prune="sparsegpt", rounding="gptq"), "a8", "kv4", "exact"),
 )
 """Weights, activations, KV, level; attention dense."""
 POLICIES = (

@@ -91,9 +91,9 @@ FINDINGS = (
     ("float float kv4 dense (float)", "KV4 per head and token alone: times {times} (KL {kl:.3f})."),
     ("float float kivi4 dense (float)",
      "KIVI's axes at four bits (K per channel, recent window in full): times {times} (KL {kl:.3f})."),
-    ("float+sparsegpt float float dense (float)", "2:4 pruning alone, SparseGPT, without retraining: times {times}."),
+    ("float sparsegpt float float dense (float)", "2:4 pruning alone, SparseGPT, without retraining: times {times}."),
     ("w2 float float dense (float)", "Two-bit weights without training ruin the model: times {times}."),
-    ("w2s24+sparsegpt+gptq float float dense (float)",
+    ("w2s24 sparsegpt gptq float float dense (float)",
      ("2-bit 2:4 weights do so even with SparseGPT and error compensation: times {times}. Their speed is real; their "
      "quality needs training that this project does not do.")),
     ("float float float lambda-limit:4+256 (float)",

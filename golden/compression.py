@@ -70,11 +70,11 @@ class Recipe:
 
     @property
     def name(self) -> str:
-        """Short name for tables."""
+        """Short name for tables: the format first, then how its codes were found."""
         parts = [self.format + (f"-g{self.group}" if self.group else "")]
         parts += [self.prune] if self.prune != "none" else []
         parts += ["gptq"] if self.rounding == "gptq" else []
-        return "+".join(parts)
+        return " ".join(parts)
 
     @property
     def needs_calibration(self) -> bool:

@@ -108,7 +108,7 @@ def test_contradicting_recipes_are_named(values, message):
 
 
 def test_missing_calibration_is_named(layer):
-    with pytest.raises(KVStrataError, match="the recipe w4.gptq needs calibration, got none"):
+    with pytest.raises(KVStrataError, match="the recipe w4 gptq needs calibration, got none"):
         compress_matrix(layer[0], Recipe("w4", rounding="gptq"))
     with pytest.raises(
         KVStrataError, match=r"calibration must cover layers\.0\.up, got no inputs for layers\.0\.gate"

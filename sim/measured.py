@@ -1,9 +1,9 @@
 """Cycles measured on the RTL (sim/calibration/*.json, written by `make calibrate`) as closed forms.
 
 A file holds {"spec_version", "block", "config", "clock_mhz", "rows": [{"name", "shape", "cycles", "bound_cycles",
-"bytes", ...}]}, one block and configuration each. `bound_cycles` is what the block's memory or channel rate allows, so
-`cycles = slope * bound_cycles + fixed` separates what scales with traffic from what is paid per command. The fit's
-residual is reported with every result that uses it; nothing here is typed in.
+"bytes", "commands" (1 where left out), ...}]}, one block and configuration each. `bound_cycles` is what the block's
+memory or channel rate allows, so `cycles = slope * bound_cycles + fixed` separates what scales with traffic from what
+is paid per command. The fit's residual is reported with every result that uses it; nothing here is typed in.
 """
 
 from __future__ import annotations
@@ -101,7 +101,10 @@ def _table(path: Path) -> dict[str, Any]:
 
 def _least_squares(table: dict[str, Any], x: str) -> CycleFit:
     """Weighted by 1/cycles, so that the residual is relative and short shapes count as much as long ones."""
-    points = sorted({(float(r[x]), float(r["cycles"])) for r in table["rows"]})
+    # A row that batches several commands counts per command: what a batch overlaps is not paid twice.
+    points = sorted(
+        {(r[x] / r.get("commands", 1), r["cycles"] / r.get("commands", 1)) for r in table["rows"]}
+    )
     if len({amount for amount, _ in points}) < 2:
         raise CalibrationError(
             f"a closed form of {table['block']} needs two measured shapes, got {len(points)}: run `make calibrate`"

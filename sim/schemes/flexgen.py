@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from sim.core.graph import SETUP, Graph
 from sim.describe.base import ConfigError
 from sim.describe.devices import Link, Ssd
+from sim.describe.model import FP16_BYTES
 from sim.devices.drive import file_read_bandwidth, io_latency_us, write_bandwidth
 from sim.devices.flash import first_page_us
 from sim.devices.flash_pages import stream
@@ -25,7 +26,8 @@ class FlexgenSsd(GpuScheme):
     """KV on drives, weights in GPU memory as far as they fit and in host memory beyond.
 
     `tuning.weights_gpu_percent` and `tuning.kv_gpu_percent` set the percentages by hand (sim.policy searches them);
-    left out, as much as fits stays on the GPU, weights first.
+    left out, as much as fits stays on the GPU, weights first. `tuning.gpu_batches` is the block: a layer computes the
+    batch in that many parts, so that weights are fetched once for all of them and working memory is that of one.
     """
 
     name: ClassVar[str] = "flexgen-ssd"
@@ -53,8 +55,10 @@ class FlexgenSsd(GpuScheme):
     def _working_bytes(self) -> float:
         """Prefill activations, or two layers of KV in flight, whichever is more."""
         w, m = self.workload, self.model
-        in_flight = 2 * w.batch * w.total_tokens * m.kv_bytes_per_token_layer
-        return max(self.workspace_bytes(w.batch, w.input_tokens), in_flight)
+        part = -(-w.batch // self.tuning.gpu_batches)
+        in_flight = 2 * part * w.total_tokens * m.kv_bytes_per_token_layer
+        hidden = 2 * w.batch * w.input_tokens * m.hidden * FP16_BYTES if self.tuning.gpu_batches > 1 else 0
+        return max(self.workspace_bytes(part, w.input_tokens), in_flight) + hidden
 
     def residency(self) -> list[Residency]:
         host = self.machine.part("host", self.name)
@@ -117,27 +121,29 @@ class FlexgenSsd(GpuScheme):
         kv = self.workload.batch * context * self.model.kv_bytes_per_token_layer
         return (1 - self.kv_gpu_share) * kv
 
-    def attention_s(self, context: int) -> float:
-        """Seconds of one layer's attention on the GPU."""
-        return self.attention_decode_s(context)
+    def attention_s(self, batch: float, context: int) -> float:
+        """Seconds of one layer's attention on the GPU for `batch` sequences."""
+        return self.attention_of(round(batch), context)
 
     def decode(self, graph: Graph, context: int, layers: int) -> None:
-        w, m = self.workload, self.model
-        before, after = self.layer_kernels(w.batch)
-        attention, size = self.attention_s(context), self.kv_read_bytes(context)
-        new_kv = (1 - self.kv_gpu_share) * w.batch * m.kv_bytes_per_token_layer
+        w, m, parts = self.workload, self.model, self.tuning.gpu_batches
+        part = max(1, round(w.batch / parts))
+        before, after = self.layer_kernels(part)
+        attention, size = self.attention_s(part, context), self.kv_read_bytes(context) / parts
+        new_kv = (1 - self.kv_gpu_share) * w.batch * m.kv_bytes_per_token_layer / parts
         done: list[int] = []
         loads: list[int] = []
         for layer in range(layers):
             graph.layer = layer
-            # Two buffers: a layer's KV may load while the layer before it computes.
-            free = loads[-1:] + done[-2:-1]
-            loads.append(graph.move("load kv", "kv access", self.kv_path, size, free))
-            ready = [self.framework(graph, done[-1:]), *self.fetch_weights(graph, done)]
-            qkv = graph.work("qkv", before[1], "gpu", before[0], ready)
-            scored = graph.work("attention", "compute", "gpu", attention, [qkv, loads[-1]])
-            graph.move("store kv", "kv access", self.store_path, new_kv, [qkv])
-            done.append(graph.work("o, ffn", after[1], "gpu", after[0], [scored]))
+            weights = self.fetch_weights(graph, done[parts - 1 :: parts])
+            for _ in range(parts):
+                # Two buffers: one part's KV may load while the part before it computes.
+                loads.append(graph.move("load kv", "kv access", self.kv_path, size, loads[-1:] + done[-2:-1]))
+                ready = [self.framework(graph, done[-1:]), *weights]
+                qkv = graph.work("qkv", before[1], "gpu", before[0], ready)
+                scored = graph.work("attention", "compute", "gpu", attention, [qkv, loads[-1]])
+                graph.move("store kv", "kv access", self.store_path, new_kv, [qkv])
+                done.append(graph.work("o, ffn", after[1], "gpu", after[0], [scored]))
         graph.layer = SETUP
         self.finish(graph, done)
 
@@ -153,6 +159,7 @@ class FlexgenSsd(GpuScheme):
             "kv_gpu_percent": round(100 * self.kv_gpu_share, 1),
             f"kv_{self.kv_tier.split()[0]}_percent": round(100 * (1 - self.kv_gpu_share), 1),
             "activations_gpu_percent": 100.0,
+            "gpu_batches": self.tuning.gpu_batches,
             "overlap": "next layer's KV and weights load while a layer computes",
         }
 
@@ -204,5 +211,5 @@ class FlexgenSparq(FlexgenSsd):
     def kv_read_bytes(self, context: int) -> float:
         return super().kv_read_bytes(context) * self._sparse_share()
 
-    def attention_s(self, context: int) -> float:
-        return self.attention_decode_s(context * self._sparse_share())
+    def attention_s(self, batch: float, context: int) -> float:
+        return self.attention_of(round(batch), context * self._sparse_share())

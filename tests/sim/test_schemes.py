@@ -148,6 +148,18 @@ def test_lockstep_recomputation_costs_a_prefill_per_token(calibration):
     assert each.breakdown_s["recompute"] / once.breakdown_s["recompute"] == pytest.approx(1024, rel=0.01)
 
 
+def test_a_block_of_parts_needs_less_memory_and_fetches_weights_once(calibration):
+    work = Workload(batch=64, input_tokens=512, output_tokens=16)
+    host_weights = {"weights_gpu_percent": 0.0, "kv_gpu_percent": 0.0}
+    whole, parts = (
+        simulate("reference", "opt-13b", "flexgen-ssd", work, tuning=Tuning(gpu_batches=n, **host_weights))
+        for n in (1, 4)
+    )
+    used = [next(t for t in r.residency if t.tier == "GPU memory").used_gb for r in (whole, parts)]
+    assert used[1] < 0.7 * used[0]
+    assert parts.bytes_per_token["pcie to gpu"] == pytest.approx(whole.bytes_per_token["pcie to gpu"])
+
+
 def test_host_memory_exceeded_collapses_throughput(calibration):
     fits, swaps = (simulate("reference", "opt-13b", "zero-inference", Workload(batch=b)) for b in (16, 32))
     assert not fits.policy["swapping"]

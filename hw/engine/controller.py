@@ -145,7 +145,7 @@ class Controller(wiring.Component):
         return code, pc
 
     def _run(self, m, state, run, fetcher, dispatch, queues):
-        idle = Signal(32)
+        idle, raised = Signal(32), Signal()
         moving = Cat(q.unit.done | (q.unit.op.valid & q.unit.op.ready) for q in queues.values()).any()
         moving = moving | self.active | (dispatch.i.valid & dispatch.i.ready)
         expired = (run["watchdog"] != 0) & (idle == run["watchdog"])
@@ -172,11 +172,12 @@ class Controller(wiring.Component):
                     m.d.sync += [run["error"].eq(code), run["error_pc"].eq(pc)]
                     m.next = "ABORT"
                 with m.Elif(dispatch.halt & drained):
-                    m.d.sync += self.interrupt.eq(dispatch.interrupt)
+                    m.d.sync += raised.eq(dispatch.interrupt)
                     m.next = "HALT"
             with m.State("HALT"):
                 m.d.comb += [state.eq(State.RUNNING), fetcher.stop.eq(1)]
                 with m.If(fetcher.idle):
+                    m.d.sync += self.interrupt.eq(raised)
                     m.next = State.DONE.name
             with m.State("ABORT"):
                 m.d.comb += [state.eq(State.RUNNING), fetcher.stop.eq(1), self.abort.eq(1)]

@@ -54,7 +54,7 @@ class BeatWriter:
         from hw.storage.kernel import BEAT, HEAD, Op
 
         self._offsets = {name: field.offset for name, field in BEAT if name != "data"}
-        self._op = {op.name: op.value for op in Op}
+        self._op = {name: op.value for name, op in Op.__members__.items()}
         self._head = {name: field.offset for name, field in HEAD}
         self._rows: list[NDArray[np.uint8]] = []
 

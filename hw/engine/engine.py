@@ -65,6 +65,8 @@ class Engine(wiring.Component):
         self._memory(m, controller, dma, append, load)
         aux_read, aux_write = Signal(), Signal()
         m.d.comb += [
+            aux_read.eq(self.aux.rvalid & self.aux.rready),
+            aux_write.eq(self.aux_write.wvalid & self.aux_write.wready),
             controller.quiet.eq(dma.idle & append.idle & load.idle),
             controller.events.eq(
                 Cat(

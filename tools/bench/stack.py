@@ -1,0 +1,114 @@
+"""The software stack: packing, compiling, FTL speed, predicted cycles, and decoding on the Verilated engine."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from golden.config import LlamaConfig
+from golden.llama import load_model
+from golden.spec.engine import SMALL, U280, WORD_BYTES
+from sw_stack.compile.decoder import compile_model
+from sw_stack.compile.shapes import nominal_norms
+from sw_stack.pack.image import pack_checkpoint
+from sw_stack.pack.memory_map import MemoryMap
+
+LLAMA_7B = LlamaConfig("llama-2-7b", layers=32, hidden=4096, heads=32, kv_heads=32, head_size=128, ffn=11008,
+                       vocab=32000, context=4096, rope_base=1e4, norm_eps=1e-5)  # fmt: skip
+DECODE_POSITION = 40
+RTL_TOKENS = 3
+
+
+def row(name: str, value: float, unit: str, target: float, better: str) -> dict[str, Any]:
+    """One benchmark row."""
+    return {"id": f"stack.{name}", "value": value, "unit": unit, "target": target, "better": better}
+
+
+def pack_mb_per_s() -> float:
+    """SmolLM2 W4 into 16 channels."""
+    checkpoint = load_model(None)
+    memory_map = MemoryMap(checkpoint.config, SMALL, "w4", "kv4", 512)
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        pack_checkpoint(Path(folder) / "image", memory_map, checkpoint)
+        seconds = time.perf_counter() - start
+    return memory_map.weight_words * WORD_BYTES * SMALL.channels / 1e6 / seconds
+
+
+def compile_7b() -> tuple[float, int]:
+    """(seconds, instruction bytes) for any length to 4,096 tokens."""
+    start = time.perf_counter()
+    memory_map = MemoryMap(LLAMA_7B, U280, "w2s24", "kv4", 4096)
+    programs = compile_model(memory_map, nominal_norms(LLAMA_7B))
+    for program in programs.programs.values():
+        program.encoded()
+    return time.perf_counter() - start, programs.size_bytes
+
+
+def ftl_page_operations_per_s() -> float:
+    """Pages programmed, looked up and reclaimed per second while 64 sequences of OPT-13B's shape decode.
+
+    Counts pages alone: a token that only goes to a group buffer counts nothing.
+    """
+    import numpy as np
+
+    from golden.spec.storage import PageKind
+    from sw_stack.drive.flash import FlashArray, Geometry
+    from sw_stack.drive.ftl import Ftl
+    from sw_stack.drive.journal import Span
+    from sw_stack.drive.shape import TaskShape
+
+    shape = TaskShape(layers=2, q_heads=40, kv_heads=40, head_size=128, channels_per_page=8, max_tokens=2048)
+    ftl = Ftl(FlashArray(Geometry(8, 8, 64, 256), store_data=False))
+    ftl.configure(0, shape, shape.address_map(64))
+    looked_up = 0
+    start = time.perf_counter()
+    for batch in range(64):
+        for layer in range(shape.layers):
+            ftl.append(0, batch, layer, 240, None)
+    for _ in range(48):
+        for layer in range(shape.layers):
+            for batch in range(64):
+                held = ftl.append(0, batch, layer, 1, None)
+                if held % 16 == 0:
+                    groups = np.arange(held // 16)
+                    for view in (PageKind.K_TOKEN, PageKind.V_TOKEN):
+                        looked_up += ftl.resolve(0, batch, layer, view, slice(None), groups).size
+    released = ftl.reclaim(Span(0))
+    return (ftl.flash.programs + looked_up + released) / (time.perf_counter() - start)
+
+
+def on_rtl() -> list[dict[str, Any]]:
+    """Decode steps of the whole model on the Verilated `small` engine, and the schedule's error on them."""
+    from sw_stack.device.timing import TimingDevice
+    from sw_stack.runtime.generate import on_device
+    from sw_stack.runtime.machine import Setup, cached_image, memory_map
+
+    checkpoint = load_model(None)
+    setup = Setup(device="rtl", context=128)
+    run = on_device(checkpoint, setup, "What is a KV cache?", RTL_TOKENS)
+    image = cached_image(checkpoint, memory_map(checkpoint, setup))
+    predicted = on_device(checkpoint, Setup(device="timing", context=128), "What is a KV cache?", RTL_TOKENS)
+    assert predicted.tokens == run.tokens
+    assert TimingDevice(image).name == "timing"
+    errors = [abs(p - m) / m * 100 for p, m in zip(predicted.cycles, run.cycles, strict=True)]
+    head = min(run.cycles)
+    return [
+        row("rtl.seconds_per_token", run.seconds_per_token, "s", 2.0, "lower"),
+        row("rtl.cycles_per_token_1024mac", head, "cycles with LM head", 184_000, "lower"),
+        row("predict.worst_error_pct", max(errors), "%", 2.0, "lower"),
+    ]
+
+
+def run() -> list[dict[str, Any]]:
+    """All rows of the stack."""
+    seconds, size = compile_7b()
+    return [
+        row("pack.mb_per_s", pack_mb_per_s(), "MB/s", 50, "higher"),
+        row("compile.llama7b_s", seconds, "s", 60, "lower"),
+        row("instructions.bytes", size, "bytes", 1 << 20, "lower"),
+        row("ftl.ops_per_s", ftl_page_operations_per_s(), "pages/s", 100_000, "higher"),
+        *on_rtl(),
+    ]

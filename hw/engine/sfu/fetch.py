@@ -129,7 +129,10 @@ class Reducer(wiring.Component):
         m = Module()
         cycles = tree_cycles(self._lanes)
         move, valid = Signal(), Signal(cycles)
-        m.d.comb += [move.eq(~self.o.valid | self.o.ready), self.i.ready.eq(move)]
+        m.d.comb += [
+            self.i.ready.eq(~self.o.valid | self.o.ready),
+            move.eq(self.i.ready & (self.i.valid | valid.any() | self.o.valid)),
+        ]
         tree = Module()
         pipe = Pipe(tree)
         words = [self.i.p.y[k] for k in range(self._lanes)]

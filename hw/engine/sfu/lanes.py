@@ -251,12 +251,13 @@ class LaneArray(wiring.Component):
 
     def elaborate(self, platform):
         m = Module()
+        # An empty pipeline stands still, on the board for its power and in simulation for its time.
         move = Signal()
         valid = Signal(self.latency)
         m.d.comb += [
-            move.eq(~self.o.valid | self.o.ready),
+            self.i.ready.eq(~self.o.valid | self.o.ready),
+            move.eq(self.i.ready & (self.i.valid | valid.any())),
             self.o.valid.eq(valid[-1]),
-            self.i.ready.eq(move),
         ]
         tags = [self.i.p.tag]
         with m.If(move):

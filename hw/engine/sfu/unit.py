@@ -20,7 +20,7 @@ everything but one latency per pass.
 `fresh` replaces the scan: every write to VB collects the extremes of its vector, and they are replayed.
 """
 
-from amaranth import Module, Mux, Signal, unsigned
+from amaranth import EnableInserter, Module, Mux, Signal, unsigned
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -100,7 +100,8 @@ class VectorUnit(wiring.Component):
         m.submodules.walker = walker = Walker(config)
         m.submodules.fetch = fetch = Fetch(config, beat)
         m.submodules.lanes = array = LaneArray(lanes, beat)
-        m.submodules.softmax = softmax = SoftmaxUnit(lanes)
+        softmax = SoftmaxUnit(lanes)
+        m.submodules.softmax = EnableInserter(softmax.i.valid | ~softmax.idle)(softmax)
         m.submodules.reducer = reducer = Reducer(lanes, beat)
         m.submodules.scalars = scalars = ScalarUnit()
         m.submodules.groups = groups = GroupWriter(lanes)

@@ -38,7 +38,7 @@ def logic_levels(netlist: Path, top: str) -> int:
     sources: dict[str, set[tuple[str, bool]]] = defaultdict(set)
     for name in weight:
         for port, bits in _ports(cells[name], "input"):
-            clocked = port == "D" or port.startswith(_CLOCKED_RAM_PORTS)
+            clocked = port in {"D", "CE"} or port.startswith(_CLOCKED_RAM_PORTS)
             if cells[name]["type"].startswith(("RAM", "SRL")) and clocked:
                 continue
             sources[name] |= {(driver[bit], port in _CHAIN_PORTS) for bit in bits if bit in driver}

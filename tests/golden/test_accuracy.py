@@ -22,6 +22,7 @@ from golden.compression import Recipe
 from golden.float_decoder import FloatDecoder
 from golden.policies import Sparq
 from golden.spec import KVStrataError
+from sw_stack.cli import main
 
 RESULT = {"name": "float float float dense (float)", "context": 1024, "level": "float", "weights": "float",
           "activations": "float", "kv": "float", "policy": "dense", "perplexity": 12.5, "top1_agreement": 1.0,
@@ -131,3 +132,17 @@ def test_page_and_plot_show_the_rows(smollm2):
     assert "105.00" in table([RESULT])  # MB per token: weights and KV
     assert len(pareto_plot([RESULT, worse]).axes) == 1
     assert pareto_front([(1, 5), (2, 6), (3, 4), (3, 3)]) == [0, 3]
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--jobs", "0"], "the number of jobs must be at least 1, got 0"),
+    (["no such row"], "a filter must leave at least one row of the grid, got"),
+    (["--model", "/nowhere/m.gguf"], "a GGUF model must be an existing file, got /nowhere/m.gguf"),
+    (["--no-measure"], "the table needs at least one measured row, got none: run make accuracy"),
+])  # fmt: skip
+def test_the_verb_answers_bad_input_in_one_sentence(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("KVSTRATA_BUILD", str(tmp_path))
+    with pytest.raises(SystemExit) as end:
+        main(["accuracy", *arguments])
+    assert end.value.code == 1
+    assert message in " ".join(capsys.readouterr().err.split())

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from golden import ops
-from golden.attention import attend
+from golden.attention import ScoreScale, attend, attend_partial, finish, merge, scores
 from golden.ops import KVCodes
 from golden.spec import KVStrataError
 
@@ -169,3 +169,45 @@ def test_bad_input_is_named():
                torch.ones(1, 4, dtype=torch.bool))  # fmt: skip
     with pytest.raises(KVStrataError, match="RMSNorm needs finite weights and eps >= 0"):
         ops.prepare_norm(torch.ones(8), -1.0)
+
+
+def partial_of(seed, slots, spread=3.0):
+    q, k, v = random_head(seed, slots, 32, spread)
+    k, v = ops.quantise_kv(k, 8), ops.quantise_kv(v, 8)
+    z = scores(ops.quantise_a8(q[:, None]), k, ScoreScale.of(32))
+    return z, v, torch.ones(3, slots, dtype=torch.bool)
+
+
+def cut(kv, part):
+    return KVCodes(*(x[:, part] for x in kv))
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 999), st.integers(1, 4), st.integers(1, 4))
+def test_partials_of_two_places_merge_to_the_whole(seed, tiles, more):
+    """Engine and drive each hold some tiles: aligned by shifts, the merge is the whole up to the 7-bit probabilities."""
+    z, v, live = partial_of(seed, 32 * (tiles + more))
+    here, there = slice(0, 32 * tiles), slice(32 * tiles, None)
+    parts = [attend_partial(z[..., s], live[:, s], cut(v, s)) for s in (here, there)]
+    whole, merged, swapped = attend_partial(z, live, v), merge(*parts), merge(*parts[::-1])
+    assert all(torch.equal(a, b) for a, b in zip(merged, swapped))
+    assert torch.equal(merged.m, whole.m)
+    value_range = (v.scale.max() * 255 * 65536).item()
+    assert (finish(merged) - finish(whole)).abs().max() <= value_range / 256
+    nothing = attend_partial(z[..., here], ~live[:, here], cut(v, here))
+    assert torch.equal(finish(merge(nothing, parts[1])), finish(parts[1]))
+    assert finish(merge(nothing, nothing)).abs().sum() == 0
+
+
+def test_dense_attention_follows_torchs_kernel():
+    q, k, v = (
+        ops.to_q16(torch.randn(4, 70, 64, generator=torch.Generator().manual_seed(i))) for i in range(3)
+    )
+    live = torch.ones(70, 70, dtype=torch.bool).tril()
+    got = ops.from_q16(attend(q, ops.quantise_kv(k, 8), ops.quantise_kv(v, 8), live))
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *(ops.from_q16(x).half().float() for x in (q, k, v)), is_causal=True
+    )
+    # 8-bit q, K and V and 7-bit probabilities against values of size 3
+    assert (got - expected).abs().max() < 0.08
+    assert (got - expected).abs().mean() < 0.01

@@ -2,8 +2,12 @@
 
 import pytest
 
+from golden.spec.memory import MemoryModel
+from hw.engine.mem.stream import stream
+from hw.engine.mem.striped import StripedReader
 from hw.flow import cocotb_run
 from tests.rtl.mem_duts import Copier, striped_reader
+from tools.bench.mem import limit_beats_per_cycle
 
 pytestmark = pytest.mark.rtl
 
@@ -14,3 +18,33 @@ def test_striped_reader():
 
 def test_read_and_write_path():
     assert cocotb_run.run(Copier(), "copier", "tests.rtl.mem_copier_bench") > 20
+
+
+@pytest.mark.parametrize("idle_percent", [0, 30])
+@pytest.mark.parametrize("latency", [2, 20, 60])
+def test_streams_of_whole_words_at_any_latency(latency, idle_percent):
+    """Full-width channels in the C++ harness, which compares every beat with the memory."""
+    counts = stream(
+        2, 128, beats=3000, rows=2, idle_percent=idle_percent, model=MemoryModel("fixed", latency)
+    )
+    assert counts["beats"] == 6000
+    assert counts["first_beat_cycles"] >= StripedReader.first_beat(latency)
+    if not idle_percent:
+        assert counts["first_beat_cycles"] == StripedReader.first_beat(latency)
+        assert counts["cycles"] == counts["beats"]
+
+
+def test_the_prefetch_fifo_hides_hbm_latency_and_refresh():
+    """At least 95% of what the HBM model itself can stream; the rest is the model's refresh."""
+    counts = stream(2, 128, beats=12_000)
+    fraction = counts["beats"] / counts["cycles"]
+    limit = limit_beats_per_cycle(MemoryModel())
+    assert 0.95 * limit <= fraction <= limit * 1.005
+    assert counts["refreshes"] > 10
+    assert counts["mean_latency_cycles"] > 30
+
+
+def test_too_shallow_a_fifo_shows():
+    """32 beats in flight cannot cover the latency: the measurement would tell."""
+    deep, shallow = stream(2, 128, beats=6000), stream(2, 32, beats=6000)
+    assert shallow["cycles"] > 1.05 * deep["cycles"]

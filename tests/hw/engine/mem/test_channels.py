@@ -1,42 +1,23 @@
 """The LOAD unit: ops to words on every channel, and how each bad op is refused. The memory is the HBM model."""
 
-import random
-
 import pytest
 
 from golden.spec.engine import TINY, WORD_BYTES, Error
 from golden.spec.memory import MemoryModel
 from hw.engine.mem.channels import ChannelReaders
-from hw.engine.mem.hbm import MemoryChannel, ReadRequest
+from hw.engine.mem.hbm import MemoryChannel
 from hw.lib.testing import get, pauses, put, simulate
+from tests.hw.engine.mem.agents import answer_reads, random_channel
 
 SIZE = 1 << 16
 
 
 def memories(model, seed=1):
-    channels = [MemoryChannel(model, size=SIZE, number=n) for n in range(TINY.channels)]
-    for n, channel in enumerate(channels):
-        channel.contents[:] = random.Random(100 * seed + n).randbytes(SIZE)
-    return channels
+    return [random_channel(model, SIZE, 100 * seed + n, n) for n in range(TINY.channels)]
 
 
 def answer(dut, channels):
-    """Background bench: every channel's AXI read port on its memory model."""
-
-    def agent(axi, channel):
-        async def run(ctx):
-            cycle = 0
-            pins = (axi.arvalid, axi.araddr, axi.arlen, axi.arsize, axi.arburst, axi.arid, axi.rready)
-            async for _, _, *request in ctx.tick().sample(*pins):
-                out = channel.clock_read(cycle, ReadRequest(*request))
-                for name in ("arready", "rvalid", "rlast", "rresp", "rid"):
-                    ctx.set(getattr(axi, name), getattr(out, name))
-                ctx.set(axi.rdata, int.from_bytes(bytes(out.rdata), "little"))
-                cycle += 1
-
-        return run
-
-    return [agent(dut.axi[n], channel) for n, channel in enumerate(channels)]
+    return [answer_reads(dut.axi[n], channel) for n, channel in enumerate(channels)]
 
 
 def words(channel, ops):

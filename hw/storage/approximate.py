@@ -61,17 +61,20 @@ class AlphaUnit(wiring.Component):
         )
         group = Signal(range(groups))
         lead = self.probability[0]
+        recording = Signal()  # the kernel may take a dense head before the selection has been read
         tops = [Signal(signed(MAXIMUM_BITS), name=f"top_{n}") for n in lanes]
         with m.If(self.clear):
-            m.d.sync += group.eq(0)
-        with m.Elif(lead.last):
+            m.d.sync += [group.eq(0), recording.eq(1)]
+        with m.Elif(self.capture):
+            m.d.sync += recording.eq(0)
+        with m.Elif(recording & lead.last):
             m.d.sync += group.eq(group + 1)
             m.d.sync += [top.eq(p.maximum) for top, p in zip(tops, self.probability)]
         m.d.comb += [
             weights.w.addr.eq(Cat(lead.slot, group)),
-            weights.w.en.eq(lead.valid),
+            weights.w.en.eq(recording & lead.valid),
             maxima.w.addr.eq(group),
-            maxima.w.en.eq(lead.last),
+            maxima.w.en.eq(recording & lead.last),
             Cat(weights.w.data).eq(Cat(p.p for p in self.probability)),
             Cat(maxima.w.data).eq(Cat(p.maximum for p in self.probability)),
         ]

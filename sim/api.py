@@ -11,6 +11,7 @@ from sim.describe.base import ConfigError, did_you_mean
 from sim.describe.machine import Machine, load_machine
 from sim.describe.model import Model, load_model
 from sim.describe.workload import Tuning, Workload
+from sim.devices.flash import reclaim_s
 from sim.result import RunResult
 from sim.schemes import SCHEMES, scheme_class
 from sim.schemes.base import Scheme
@@ -111,13 +112,14 @@ def evaluate(
 
 def _endurance(scheme: Scheme, tokens_per_s: float) -> dict[str, Any]:
     """Write amplification is 1: appended data is erased by whole blocks, never copied (append-only, SIM-WAF)."""
-    written = scheme.flash_written_per_token() * tokens_per_s
+    per_token = scheme.flash_written_per_token()
     name = "csd" if "csd" in scheme.needs else "ssd"
     drive, count = getattr(scheme.machine, name), getattr(scheme.machine, f"{name}_count")
-    if not written or drive is None:
-        return {"flash_write_amplification": 1.0, "flash_lifetime_years": None}
-    total = drive.capacity_gb * 1e9 * count * drive.pe_cycles
-    return {"flash_write_amplification": 1.0, "flash_lifetime_years": total / written / (365.25 * 86400)}
+    if not per_token or drive is None:
+        return {"flash_write_amplification": 1.0, "flash_lifetime_years": None, "flash_reclaim_s": 0.0}
+    years = drive.capacity_gb * 1e9 * count * drive.pe_cycles / (per_token * tokens_per_s) / (365.25 * 86400)
+    erased = reclaim_s(drive, per_token * scheme.workload.generated_tokens / count)
+    return {"flash_write_amplification": 1.0, "flash_lifetime_years": years, "flash_reclaim_s": erased}
 
 
 def provenance(scheme: Scheme) -> list[dict[str, Any]]:

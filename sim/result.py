@@ -69,6 +69,8 @@ class RunResult(BaseModel):
     cost_usd_per_million_tokens: float
     flash_write_amplification: float
     flash_lifetime_years: float | None
+    flash_reclaim_s: float
+    """Erasing the batch's blocks after it has finished, while the drive is idle."""
     policy: dict[str, Any]
     numerics: str
     """weights/activations/kv/policy in the words of docs/accuracy.md; sim.accuracy looks it up."""

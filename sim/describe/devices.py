@@ -23,7 +23,6 @@ class Gpu(Described):
     hbm_gb_per_s: Positive
     fp16_tflops: Positive
     sm_count: Count
-    l2_mb: Positive
     tdp_w: Positive
     idle_w: NonNegative
     price_usd: Positive
@@ -47,7 +46,6 @@ class Host(Described):
     """CPU and DRAM of a server."""
 
     kind: ClassVar[str] = "host"
-    cores: Count
     dram_gb: Positive
     dram_gb_per_s: Positive
     cpu_gflops: Positive
@@ -192,7 +190,6 @@ class Fpga(Described):
     hbm_access_bytes: Count = assumed(1024, "SIM-HBM-ACCESS")
     hbm_outstanding: Count = assumed(16, "SIM-HBM-QD")
     port_bytes_per_cycle: Positive
-    dsp_used: Count
     macs_per_cycle: Positive
     weight_format: Literal["w8", "w4", "w2", "w2s24"]
     weight_bits: Positive | None = None

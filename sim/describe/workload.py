@@ -36,6 +36,7 @@ class Tuning(Described):
     layer_overhead_us: Positive = assumed(630.0, "SIM-FRAMEWORK")
     recompute_quantum_tokens: Count = assumed(1024, "SIM-RECOMPUTE")
     host_weight_copies: Positive = assumed(2.0, "SIM-HOST-COPIES")
+    cpu_attention: bool = assumed(False, "set by the user")
     gpu_batches: Count = assumed(1, "set by the user")
     weights_gpu_percent: float | None = assumed(None, "as much as fits", ge=0, le=100)
     kv_gpu_percent: float | None = assumed(None, "as much as fits", ge=0, le=100)

@@ -9,8 +9,10 @@ from typing import Any
 from sim import measured
 from sim.describe.devices import Csd
 
-UNIT_BLOCKS = ("storage_unit", "attention_unit", "attention_head")
-"""Calibration tables that describe the unit, the most complete first."""
+UNIT_BLOCKS = ("storage_unit", "attention_head")
+"""Calibration tables that describe the unit on dense attention, the most complete first."""
+SPARF_BLOCKS = ("storage_unit_sparf", *UNIT_BLOCKS)
+"""The same for SparF, whose selections and top-k are in the first one only."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,9 @@ class RtlUnit(AttentionUnit):
 
     streams = True
 
-    def __init__(self, csd: Csd) -> None:
+    def __init__(self, csd: Csd, blocks: tuple[str, ...]) -> None:
         self._csd = csd
-        self._fit = measured.fit(UNIT_BLOCKS, "bytes")
+        self._fit = measured.fit(blocks, "bytes")
 
     def seconds(self, reads: KvReads, drives: int) -> float:
         cycles = self._fit.cycles(reads.size_bytes / drives, reads.commands / drives)
@@ -96,6 +98,8 @@ class PublishedUnit(AttentionUnit):
         return []
 
 
-def attention_unit(csd: Csd) -> AttentionUnit:
-    """The unit that a drive's description names."""
-    return RtlUnit(csd) if csd.engine == "rtl" else PublishedUnit(csd)
+def attention_unit(csd: Csd, sparse: bool = False) -> AttentionUnit:
+    """The unit that a drive's description names, for dense attention or for SparF."""
+    return (
+        RtlUnit(csd, SPARF_BLOCKS if sparse else UNIT_BLOCKS) if csd.engine == "rtl" else PublishedUnit(csd)
+    )

@@ -12,6 +12,8 @@ C channels, n dies per channel, p planes read together, P page bytes, tcmd comma
 
 from __future__ import annotations
 
+import math
+
 from sim.describe.devices import Flash
 from sim.devices.limits import Bandwidth
 
@@ -58,6 +60,16 @@ def program_limits(flash: Flash) -> Bandwidth:
     return Bandwidth(
         "flash program", {"flash array": array, "flash channel": per_channel / (flash.command_us + p * tx)}
     )
+
+
+def reclaim_s(flash: Flash, size_bytes: float) -> float:
+    """Time to erase the blocks of `size_bytes` of finished jobs on an idle drive, all dies and planes at once.
+
+    Append-only data are erased by whole blocks without copying, so this is all that reclaim costs.
+    """
+    block = flash.page_bytes * flash.pages_per_block
+    together = flash.channels * flash.dies_per_channel * flash.planes_per_die
+    return math.ceil(size_bytes / block / together) * flash.erase_us * 1e-6
 
 
 def first_page_us(flash: Flash) -> float:

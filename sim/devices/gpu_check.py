@@ -6,7 +6,7 @@ import csv
 from collections.abc import Mapping
 from pathlib import Path
 
-from sim.describe.base import load
+from sim.describe.base import ConfigError, load
 from sim.describe.devices import Gpu
 from sim.devices import gpu as kernels
 
@@ -29,10 +29,27 @@ def predicted_ms(gpu: Gpu, row: Mapping[str, str]) -> float:
     return 1e3 * kernel.seconds
 
 
-def errors(path: Path = MEASURED, gpu: str = "a100-80") -> dict[str, list[float]]:
-    """Signed relative error per row, by operator."""
-    device = load(Gpu, gpu)
+PRESETS = {
+    "a100": "a100-80",
+    "h100": "h100",
+    "a40": "a40",
+    "a6000": "a6000",
+    "t4": "t4",
+    "rtx4090": "rtx-4090",
+}
+"""Device names of published profiles -> presets."""
+
+
+def errors(path: Path = MEASURED) -> dict[str, list[float]]:
+    """Signed relative error per row, by device and operator ("a100 qkv_proj").
+
+    Raises ConfigError for a device that has no preset.
+    """
     found: dict[str, list[float]] = {}
     for row in csv.DictReader(path.read_text().splitlines()):
-        found.setdefault(row["op"], []).append(predicted_ms(device, row) / float(row["median_ms"]) - 1)
+        device = row["device"].lower()
+        if device not in PRESETS:
+            raise ConfigError(f"{path.name}: no preset for device {device!r}; known: {', '.join(PRESETS)}")
+        error = predicted_ms(load(Gpu, PRESETS[device]), row) / float(row["median_ms"]) - 1
+        found.setdefault(f"{device} {row['op']}", []).append(error)
     return found

@@ -32,6 +32,7 @@ class CsdDense(GpuScheme):
     name: ClassVar[str] = "csd-dense"
     needs: ClassVar[tuple[str, ...]] = ("gpu", "gpu_link", "csd")
     stored_copies: ClassVar[float] = 1.0
+    sparse: ClassVar[bool] = False
 
     def place(self) -> None:
         self._check_peer_to_peer()
@@ -59,7 +60,7 @@ class CsdDense(GpuScheme):
     @property
     def unit(self) -> AttentionUnit:
         """The attention unit of each drive."""
-        return attention_unit(self.csd)
+        return attention_unit(self.csd, self.sparse)
 
     @property
     def group_tokens(self) -> int:
@@ -190,6 +191,7 @@ class CsdSparf(CsdDense):
 
     name: ClassVar[str] = "csd-sparf"
     stored_copies: ClassVar[float] = CHANNEL_COPY
+    sparse: ClassVar[bool] = True
 
     @property
     def marked_channels(self) -> int:

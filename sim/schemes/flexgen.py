@@ -165,13 +165,43 @@ class FlexgenSsd(GpuScheme):
 
 
 class FlexgenDram(FlexgenSsd):
-    """KV in host memory, in pinned buffers."""
+    """KV in host memory, in pinned buffers. With `tuning.cpu_attention` the CPU attends to it where it lies, and only
+    q, k, v and outputs cross the link."""
 
     name: ClassVar[str] = "flexgen-dram"
     needs: ClassVar[tuple[str, ...]] = ("gpu", "host", "gpu_link")
     kv_path: ClassVar[tuple[str, ...]] = ("host dram", "pcie to gpu")
     store_path: ClassVar[tuple[str, ...]] = ("pcie from gpu", "host dram")
     kv_tier: ClassVar[str] = "host memory"
+
+    def decode(self, graph: Graph, context: int, layers: int) -> None:
+        if not self.tuning.cpu_attention:
+            super().decode(graph, context, layers)
+            return
+        w, m = self.workload, self.model
+        before, after = self.layer_kernels(w.batch)
+        share = 1 - self.kv_gpu_share
+        on_gpu = self.kv_gpu_share * self.attention_decode_s(context)
+        sent_bytes = share * w.batch * (m.heads + 2 * m.kv_heads) * m.head_size * FP16_BYTES
+        out_bytes = share * w.batch * m.heads * m.head_size * FP16_BYTES
+        done: list[int] = []
+        for layer in range(layers):
+            graph.layer = layer
+            ready = [self.framework(graph, done[-1:]), *self.fetch_weights(graph, done)]
+            qkv = graph.work("qkv", before[1], "gpu", before[0], ready)
+            sent = graph.move("q, k, v", "transfer", ("pcie from gpu",), sent_bytes, [qkv])
+            attended = graph.work("cpu attention", "kv access", "cpu", self._cpu_attention_s(context), [sent])
+            back = graph.move("outputs", "transfer", ("pcie to gpu",), out_bytes, [attended])
+            scored = graph.work("attention", "compute", "gpu", on_gpu, [qkv])
+            done.append(graph.work("o, ffn", after[1], "gpu", after[0], [scored, back]))
+        graph.layer = SETUP
+        self.finish(graph, done)
+
+    def _cpu_attention_s(self, context: int) -> float:
+        """One layer on the CPU: streaming KV from DRAM, or its multiply-adds, whichever is longer."""
+        host, m = self.machine.part("host", self.name), self.model
+        flops = 4 * (1 - self.kv_gpu_share) * self.workload.batch * context * m.heads * m.head_size
+        return max(self.kv_read_bytes(context) / self.pipes["host dram"], flops / (host.cpu_gflops * 1e9))
 
 
 class FlexgenGds(FlexgenSsd):

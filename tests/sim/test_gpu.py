@@ -4,7 +4,7 @@ from collections import defaultdict
 
 import pytest
 
-from sim.describe.base import load
+from sim.describe.base import ConfigError, load
 from sim.describe.devices import Gpu
 from sim.devices import gpu as kernels
 from sim.devices.gpu_check import errors
@@ -48,3 +48,10 @@ def test_a_wave_more_costs_a_step(a100):
     full = kernels.gemm(a100, 128, 8192, 108 * 128).seconds
     over = kernels.gemm(a100, 128, 8192, 109 * 128).seconds
     assert over > full * 1.02
+
+
+def test_a_profile_of_an_unknown_device_is_refused(tmp_path):
+    path = tmp_path / "p.csv"
+    path.write_text("device,op,M_tokens,K,N,median_ms\nmi300,qkv_proj,1,4096,4096,0.05\n")
+    with pytest.raises(ConfigError, match="p.csv: no preset for device 'mi300'; known: a100, h100"):
+        errors(path)

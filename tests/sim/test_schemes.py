@@ -148,6 +148,31 @@ def test_lockstep_recomputation_costs_a_prefill_per_token(calibration):
     assert each.breakdown_s["recompute"] / once.breakdown_s["recompute"] == pytest.approx(1024, rel=0.01)
 
 
+def test_attention_on_the_cpu_moves_no_cache_and_is_bound_by_dram(calibration):
+    work = Workload(batch=32, input_tokens=1536, output_tokens=1)
+    gpu, cpu = (
+        simulate(
+            "reference", "opt-13b", "flexgen-dram", work, tuning=Tuning(cpu_attention=on, kv_gpu_percent=0.0)
+        )
+        for on in (False, True)
+    )
+    assert cpu.bytes_per_token["pcie to gpu"] < 0.01 * gpu.bytes_per_token["pcie to gpu"]
+    dram = next(b for b in cpu.bandwidths if b["what"] == "host dram")["gb_per_s"]
+    assert cpu.breakdown_s["kv access"] == pytest.approx(32 * 1536 * 819_200 / dram / 1e9, rel=0.01)
+    assert cpu.bottleneck == "cpu"
+
+
+def test_reclaim_erases_whole_blocks_on_all_dies_at_once(calibration):
+    from sim.describe.base import load
+    from sim.describe.devices import Csd
+    from sim.devices.flash import reclaim_s
+
+    drive = load(Csd, "instcsd")
+    stripe = drive.page_bytes * drive.pages_per_block * 8 * 8 * 2
+    assert reclaim_s(drive, stripe) == pytest.approx(3e-3)
+    assert reclaim_s(drive, stripe + 1) == pytest.approx(6e-3)
+
+
 def test_a_block_of_parts_needs_less_memory_and_fetches_weights_once(calibration):
     work = Workload(batch=64, input_tokens=512, output_tokens=16)
     host_weights = {"weights_gpu_percent": 0.0, "kv_gpu_percent": 0.0}

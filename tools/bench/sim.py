@@ -165,6 +165,12 @@ def _kernels() -> list[dict[str, Any]]:
     from sim.devices.gpu_check import errors
 
     return [
-        _row(f"sim.gpu.{op}.mean_abs_error_pct", 100 * sum(map(abs, found)) / len(found), "%", None, "lower")
+        _row(
+            f"sim.gpu.{op.replace(' ', '.')}.mean_abs_error_pct",
+            100 * sum(map(abs, found)) / len(found),
+            "%",
+            None,
+            "lower",
+        )
         for op, found in errors().items()
     ]

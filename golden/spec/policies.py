@@ -13,8 +13,7 @@ from dataclasses import dataclass, replace
 from math import ceil
 
 from golden.spec import KVStrataError
-
-PAGE_BYTES = 4096
+from golden.spec.storage import CHANNELS_PER_PAGE, ELEMENT_BYTES, PAGE_BYTES, tokens_per_channel_page
 
 
 @dataclass(frozen=True)
@@ -274,7 +273,7 @@ class SparfCosts(SparqCosts):
     def __post_init__(self) -> None:
         """Refuse parameters that contradict."""
         super().__post_init__()
-        if self.m not in (2, 4, 8) or self.head_size % self.m:
+        if self.m not in CHANNELS_PER_PAGE or self.head_size % self.m:
             raise KVStrataError(
                 f"channels per page must be 2, 4 or 8 and divide the head size, got {self.m}."
             )
@@ -289,7 +288,7 @@ class SparfCosts(SparqCosts):
     @property
     def page_tokens(self) -> int:
         """Tokens of a token-indexed page."""
-        return PAGE_BYTES // (2 * self.head_size)
+        return PAGE_BYTES // (ELEMENT_BYTES * self.head_size)
 
     def step(self, selection: Selection) -> StepCost:
         """Pages that hold something selected, whole."""
@@ -305,7 +304,7 @@ class SparfCosts(SparqCosts):
 
     def channel_blocks(self, context: int) -> int:
         """Pages along tokens of one channel group."""
-        return ceil(context * self.m / (PAGE_BYTES // 2))
+        return ceil(context / tokens_per_channel_page(self.m))
 
     def useful_fraction(self, selections: Iterable[Selection]) -> float:
         """Selected entries over entries of the pages read."""

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,10 +10,14 @@ from hypothesis import strategies as st
 
 from golden.float_decoder import rotate
 from golden.policies import Dense, Heads, Lambda, Sparf, Sparq
+from golden.policies.base import _true
 from golden.policies.sparq import largest
 from golden.policies.split import finish, merge, partial
 from golden.spec import KVStrataError
 from golden.spec.policies import KV4_TOKENS, DenseCosts, LambdaCosts, Selection, SparfCosts, SparqCosts
+from golden.spec.storage import PageKind
+from golden.storage.attention import sparf as storage_sparf
+from golden.storage.layout import channel_marks, token_marks
 
 DH, G, HKV = 16, 2, 3
 
@@ -203,6 +208,20 @@ def test_random_selection_touches_most_pages():
     assert abs(groups[1] - 0.67) < 0.03
 
 
+@settings(deadline=None, max_examples=30)
+@given(st.sampled_from([64, 128]), st.sampled_from([2, 4, 8]), st.integers(1, 3000), st.integers(0, 999))
+def test_pages_are_those_of_the_flash_layout(dh, m, context, seed):
+    """The drive's own layout marks exactly the pages that the policy's costs count."""
+    rng = torch.Generator().manual_seed(seed)
+    tokens = tuple(sorted(torch.randperm(context, generator=rng)[: max(1, context // 8)].tolist()))
+    channels = tuple(sorted(torch.randperm(dh, generator=rng)[:16].tolist()))
+    cost = SparfCosts(dh, r=16, m=m).step(Selection(context - 1, 0, 0, channels, tokens))
+    read = lambda marks: sum(mark.mask != 0 for mark in marks) * 4096  # noqa: E731
+    assert cost.k_token_bytes == read(token_marks(PageKind.K_TOKEN, tokens, context, dh))
+    assert cost.v_token_bytes == read(token_marks(PageKind.V_TOKEN, tokens, context, dh))
+    assert cost.k_channel_bytes == read(channel_marks(channels, context, dh, m))
+
+
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 2), min_size=20, max_size=20), st.integers(0, 99))
 def test_split_partials_merge_to_dense(owners, seed):
@@ -240,3 +259,20 @@ def test_representation_changes_bytes():
 def test_contradictions_are_named(make, message):
     with pytest.raises(KVStrataError, match=message):
         make()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_drives_arithmetic_follows_the_algorithm(seed):
+    """golden.storage computes SparF in fp16 to the bit; on one query it selects and mixes what this level does."""
+    rng = np.random.default_rng(seed)
+    q, k, v = (rng.standard_normal((n, 64)).astype(np.float16) for n in (1, 200, 200))
+    v_bar = v.astype(np.float64).mean(0).astype(np.float16)
+    trace = storage_sparf(q, k, v, v_bar, r=16, top=40, window=10)
+    q64, k64, v64 = (torch.from_numpy(x.astype(np.float64))[None] for x in (q, k, v))
+    heads = Heads(q64[:, None], q64[:, None], k64, k64, v64, torch.tensor([199]), lambda x, _: x)
+    policy = Sparf(64, 1, r=16, k=40, local=10)
+    selected = policy.select(heads)
+    assert _true(selected.channels[0, 0]) == tuple(trace.channels)
+    assert len(set(_true(selected.tokens[0, 0])) & set(trace.tokens.tolist())) >= 39
+    assert abs(trace.alpha[0] / 65536 - selected.weights.item()) < 0.01
+    assert np.abs(policy.attend(heads, selected)[0, 0, 0].numpy() - trace.output[0]).max() < 0.02

@@ -69,7 +69,7 @@ class AppendUnit(wiring.Component):
     def key_cycles(self, head_size: int, bits: int, count: int, write_latency: int) -> int:
         """Cycles from an op's transfer to `done` for K vectors, when `kv` never waits and nothing stalls."""
         beats, writes = head_size // self._config.vector_lanes, 1 + head_size // STEP * bits // 2
-        return 2 + count * (beats + 2 + writes + 1) + write_latency
+        return 2 + count * (beats + 6 + writes + 1) + write_latency
 
     def elaborate(self, platform):
         m = Module()
@@ -154,13 +154,14 @@ class Sequencer(wiring.Component):
         group, channel, start = Signal(8), Signal(range(config.channels)), Signal(range(config.channels))
         eight = op.bits == 8
         steps, groups = op.head_size // STEP, op.head_size // lanes
-        lane_pieces = Mux(eight, 4 * lanes, 2 * lanes)  # pieces of a step in a channel
-        key_words = (1 + (steps * lane_pieces + PIECES - 1) // PIECES)[:8]
+        # Registered once per op or vector, so that no sum or product is chained behind another.
+        key_words, tile, blocks_in, offset = Signal(8), Signal(ADDR_BITS), Signal(16), Signal(ADDR_BITS)
+        end, beyond = Signal(ADDR_BITS + 1), Signal()
         m.d.comb += [
-            self.words.eq(Mux(lane_pieces < PIECES, 1, lane_pieces // PIECES)),
+            self.words.eq(Mux(eight, _tile_words(4, lanes), _tile_words(2, lanes))),
             self.byte.eq(slot[2:5]),
         ]
-        state = {"op": op, "slot": slot, "codes": codes, "eight": eight, "lane_pieces": lane_pieces}
+        state = {"op": op, "slot": slot, "codes": codes, "eight": eight}
 
         with m.FSM(init="IDLE"):
             with m.State("IDLE"):
@@ -170,6 +171,9 @@ class Sequencer(wiring.Component):
                     m.d.sync += [op.eq(want), slot.eq(want.addr), left.eq(want.count), beat.eq(0)]
                     m.next = "CHECK"
             with m.State("CHECK"):
+                m.d.sync += key_words.eq(
+                    1 + Mux(eight, _key_words(steps, 4, lanes), _key_words(steps, 2, lanes))
+                )
                 m.next = "FILL"
                 with m.If(self._bad_shape(op)):
                     m.d.comb += self.error.eq(Error.SHAPE)
@@ -190,18 +194,30 @@ class Sequencer(wiring.Component):
                     with m.If(taken.last != ends):
                         m.d.comb += self.error.eq(Error.SHAPE)
             with m.State("PLACE"):
-                block = slot >> (config.lanes.bit_length() - 1)
-                tile = ((slot // STEP) * lane_pieces) // PIECES
+                tiles = slot // STEP
                 m.d.sync += [
-                    self.word.eq(op.base + Mux(op.values, tile, block * key_words)),
+                    tile.eq(Mux(eight, tiles * 4 * lanes // PIECES, tiles * 2 * lanes // PIECES)),
+                    blocks_in.eq(slot >> (config.lanes.bit_length() - 1)),
                     span.eq(Mux(op.values, self.words, key_words)),
                     start.eq(op.row // lanes),
                     group.eq(0),
                     index.eq(0),
                 ]
+                m.next = "MULTIPLY"
+            with m.State("MULTIPLY"):
+                m.d.sync += offset.eq(blocks_in * key_words)
+                m.next = "OFFSET"
+            with m.State("OFFSET"):
+                m.d.sync += self.word.eq(op.base + Mux(op.values, tile, offset))
+                m.next = "END"
+            with m.State("END"):
+                m.d.sync += end.eq(self.word + span)
+                m.next = "COMPARE"
+            with m.State("COMPARE"):
+                m.d.sync += beyond.eq(end > self._channel_words)
                 m.next = "RANGE"
             with m.State("RANGE"):
-                with m.If(self.word + span > self._channel_words):
+                with m.If(beyond):
                     m.d.comb += self.error.eq(Error.ADDRESS)
                 with m.If(op.values):
                     m.next = "READ"
@@ -231,7 +247,7 @@ class Sequencer(wiring.Component):
                             m.next = "SCALE"
                         with m.Elif(channel == config.channels - 1):
                             m.d.sync += [self.word.eq(self.word + op.block_words), start.eq(0)]
-                            m.next = "RANGE"
+                            m.next = "END"
             with m.State("SCALE"):
                 at = Signal(ADDR_BITS)
                 m.d.comb += at.eq(op.scale_base + 4 * slot)
@@ -264,7 +280,7 @@ class Sequencer(wiring.Component):
             self.o.payload.strb.eq(strb),
         ]
 
-    def _key(self, m, *, op, slot, codes, eight, lane_pieces, index, record) -> None:
+    def _key(self, m, *, op, slot, codes, eight, index, record) -> None:
         """Write `index` of a K vector: 0 is its scale record, the others its pieces by step and plane."""
         lanes = self._config.lanes_per_channel
         lane = slot % lanes
@@ -280,7 +296,7 @@ class Sequencer(wiring.Component):
             strobes = 0xFF << ((place % PIECES) << 3)
             self._emit(m, target, self.word + 1 + place // PIECES, bits.replicate(PIECES), strobes)
 
-    def _value(self, m, *, op, slot, codes, eight, lane_pieces, channel, group, arrived) -> None:
+    def _value(self, m, *, op, slot, codes, eight, channel, group, arrived) -> None:
         """Word `part` of the tile on `channel`: two bits of each piece's byte change."""
         lanes = self._config.lanes_per_channel
         rows = codes.word_select(group, 8 * lanes)
@@ -297,6 +313,16 @@ class Sequencer(wiring.Component):
             inside = 1 if 2 * lanes >= PIECES else eight | (half == q // (2 * lanes))
             strobes.append(Mux(inside, (1 << self.byte)[:8], 0)[:8])
         self._emit(m, channel, self.word + self.part, Cat(*fresh), Cat(*strobes), arrived)
+
+
+def _tile_words(planes: int, lanes: int) -> int:
+    """Words of a channel that a tile of V spans."""
+    return max(1, planes * lanes // PIECES)
+
+
+def _key_words(steps, planes: int, lanes: int):
+    """Code words of a channel in a row block of keys: `steps` is a signal, the factor a power of two."""
+    return (steps * (planes * lanes) + PIECES - 1) // PIECES
 
 
 def _plane(codes, plane):

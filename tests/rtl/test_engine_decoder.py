@@ -84,7 +84,7 @@ def test_a_corrupted_weight_changes_the_bits(machines):
     try:
         path = device.engine._path("channel.bin")
         image = np.array(machine.image.channel(0)).reshape(-1).copy()
-        image[machine.programs.map.matrices["layers.0.q"].base * WORD_BYTES + WORD_BYTES] ^= 0x55
+        image[machine.programs.map.matrices["layers.0.gateup"].base * WORD_BYTES + WORD_BYTES] ^= 0x55
         path.write_bytes(image.tobytes())
         device.engine.map_channel(0, path)
         expected = machine.golden.forward([3], machine.golden.new_cache())[0]

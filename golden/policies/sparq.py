@@ -43,12 +43,15 @@ class Sparq(KVPolicy):
     def select(self, heads: Heads) -> Selected:
         """Channels, then tokens; `weights` is alpha [Hkv, G, T]."""
         channels = largest(heads.q.abs().sum(1), self.costs.r)
-        approximate = self._approximate(heads, channels)
+        z = self._approximate(heads, channels)
+        approximate = z.masked_fill(~heads.causal, -torch.inf).softmax(-1)
         s = heads.positions + 1
         k, window = (torch.tensor([f(n) for n in s.tolist()]) for f in (self.costs.k, self.costs.window))
         tokens = torch.arange(heads.k.shape[1])
         local = tokens[None, :] > (heads.positions - window)[:, None]
-        keys = approximate.sum(1).masked_fill(local, torch.inf).masked_fill(~heads.causal, -torch.inf)
+        keys = (
+            self._pooled(z, approximate).masked_fill(local, torch.inf).masked_fill(~heads.causal, -torch.inf)
+        )
         chosen = largest(keys, k[:, None])
         alpha = (approximate * chosen[:, None]).sum(-1)
         # All tokens chosen: alpha is one by definition, not by the rounding of a softmax.
@@ -56,12 +59,15 @@ class Sparq(KVPolicy):
         return Selected(chosen, channels, alpha)
 
     def _approximate(self, heads: Heads, channels: Tensor) -> Tensor:
-        """s-hat [Hkv, G, T, S]."""
+        """Approximate scores [Hkv, G, T, S]; s-hat is their softmax."""
         q = heads.q * channels[:, None]
         share = q.abs().sum(-1) / heads.q.abs().sum(-1).clamp(min=torch.finfo(q.dtype).tiny)
         scale = (heads.q.shape[-1] * share).clamp(min=torch.finfo(q.dtype).tiny).rsqrt()
-        z = q @ heads.k.transpose(-1, -2)[:, None] * scale[..., None]
-        return z.masked_fill(~heads.causal, -torch.inf).softmax(-1)
+        return q @ heads.k.transpose(-1, -2)[:, None] * scale[..., None]
+
+    def _pooled(self, z: Tensor, approximate: Tensor) -> Tensor:
+        """Keys [Hkv, T, S] that rank tokens for a group: the sum of its s-hat."""
+        return approximate.sum(1)
 
     def attend(self, heads: Heads, selected: Selected) -> Tensor:
         """Exact attention over the chosen tokens, mixed with v-bar."""
@@ -75,7 +81,8 @@ class Sparq(KVPolicy):
 
 
 class Sparf(Sparq):
-    """SparQ's selection with InstInfer's pages: the result is SparQ's, the bytes are whole pages."""
+    """SparQ with InstInfer's pages: whole pages are read, and a group of queries ranks tokens by the sum of its scores
+    before the softmax, as the drive does (docs/formats-storage.md); a single query gives SparQ's result."""
 
     costs: SparfCosts
 
@@ -90,3 +97,7 @@ class Sparf(Sparq):
         m: int = 4,
     ) -> None:
         self.costs = SparfCosts(head_size, group, r=r, tokens=k, ratio=ratio, local=local, m=m)
+
+    def _pooled(self, z: Tensor, approximate: Tensor) -> Tensor:
+        """The sum of the group's scores: no softmax must end before the ranking starts."""
+        return z.sum(1)

@@ -1,6 +1,7 @@
 """Policies: dense limits, published equations, both faces' bytes, causality, refusals."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -125,10 +126,13 @@ def test_sparq_by_the_published_equations():
             assert torch.allclose(got[h, g, 0], alpha * exact + (1 - alpha) * v.mean(0))
 
 
-def test_sparf_is_sparq_in_value():
+def test_sparf_of_a_single_query_is_sparq_and_groups_pool_before_the_softmax():
     heads = heads_of(50, 3)
+    grouped = [p(DH, G, r=4, k=8, local=2).select(heads).tokens for p in (Sparq, Sparf)]
+    assert not torch.equal(*grouped)
+    heads = replace(heads, q=heads.q[:, :1], q_raw=heads.q_raw[:, :1])
     assert torch.equal(
-        run(Sparq(DH, G, r=4, k=8, local=2), heads), run(Sparf(DH, G, r=4, k=8, local=2, m=2), heads)
+        run(Sparq(DH, 1, r=4, k=8, local=2), heads), run(Sparf(DH, 1, r=4, k=8, local=2, m=2), heads)
     )
 
 
@@ -261,18 +265,21 @@ def test_contradictions_are_named(make, message):
         make()
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_the_drives_arithmetic_follows_the_algorithm(seed):
-    """golden.storage computes SparF in fp16 to the bit; on one query it selects and mixes what this level does."""
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_drives_arithmetic_follows_the_algorithm(seed, group):
+    """golden.storage computes SparF in fp16 to the bit; it selects and mixes what this level does."""
     rng = np.random.default_rng(seed)
-    q, k, v = (rng.standard_normal((n, 64)).astype(np.float16) for n in (1, 200, 200))
+    q, k, v = (rng.standard_normal((n, 64)).astype(np.float16) for n in (group, 200, 200))
     v_bar = v.astype(np.float64).mean(0).astype(np.float16)
     trace = storage_sparf(q, k, v, v_bar, r=16, top=40, window=10)
     q64, k64, v64 = (torch.from_numpy(x.astype(np.float64))[None] for x in (q, k, v))
-    heads = Heads(q64[:, None], q64[:, None], k64, k64, v64, torch.tensor([199]), lambda x, _: x)
-    policy = Sparf(64, 1, r=16, k=40, local=10)
+    heads = Heads(
+        q64[None, 0][:, :, None], q64[None, 0][:, :, None], k64, k64, v64, torch.tensor([199]), lambda x, _: x
+    )
+    policy = Sparf(64, group, r=16, k=40, local=10)
     selected = policy.select(heads)
     assert _true(selected.channels[0, 0]) == tuple(trace.channels)
     assert len(set(_true(selected.tokens[0, 0])) & set(trace.tokens.tolist())) >= 39
-    assert abs(trace.alpha[0] / 65536 - selected.weights.item()) < 0.01
-    assert np.abs(policy.attend(heads, selected)[0, 0, 0].numpy() - trace.output[0]).max() < 0.02
+    assert np.abs(trace.alpha / 65536 - selected.weights[0, :, 0].numpy()).max() < 0.01
+    assert np.abs(policy.attend(heads, selected)[0, :, 0].numpy() - trace.output).max() < 0.02

@@ -187,13 +187,26 @@ class Geometry:
 def stripe(number: int, geometry: Geometry) -> dict[str, int]:
     """Physical page (fields of `golden.spec.storage.PPN`) of the `number`-th page written.
 
-    Consecutive pages go to consecutive channels, then planes, then dies, so that a run of pages keeps every array
-    busy; blocks fill page by page, as append-only flash demands. Raises KVStrataError past the device's end.
+    A run of pages keeps every channel and array busy: each row of `channels` pages visits all channels, each sweep of
+    dies * planes rows all arrays of a channel. Rows and sweeps start at shifted places, so that pages a power of two
+    apart (one channel group over many token blocks, K and V of one group) do not share a channel or an array.
+    Blocks fill page by page, as append-only flash demands. Raises KVStrataError past the device's end.
     """
     if not 0 <= number < geometry.capacity_pages:
         raise KVStrataError(f"the device holds {geometry.capacity_pages} pages; there is no page {number}")
-    rest, channel = divmod(number, geometry.channels)
-    rest, plane = divmod(rest, geometry.planes)
-    rest, die = divmod(rest, geometry.dies)
-    block, page = divmod(rest, geometry.pages)
+    row, column = divmod(number, geometry.channels)
+    arrays = geometry.dies * geometry.planes
+    sweep, place = divmod(row, arrays)
+    array = (place + sweep * (arrays // 2 + 1)) % arrays
+    die, plane = divmod(array, geometry.planes)
+    block, page = divmod(sweep, geometry.pages)
+    channel = (column + _digit_sum(row, geometry.channels)) % geometry.channels
     return {"page": page, "block": block, "plane": plane, "die": die, "channel": channel}
+
+
+def _digit_sum(number: int, base: int) -> int:
+    total = 0
+    while number and base > 1:
+        number, digit = divmod(number, base)
+        total += digit
+    return total

@@ -8,6 +8,7 @@ from hw.engine.mem.address import AddressGenerator
 from hw.engine.mem.axi import ReadMux
 from hw.engine.mem.reader import ReadChannel
 from hw.engine.mem.writer import WriteChannel
+from hw.engine.write_mux import WriteMux
 from tests.hw.formal.harness import Proof, past, producer, stable
 
 ADDR_BITS = 12
@@ -310,6 +311,56 @@ class ReadMuxProof(Proof):
         m.d.comb += [port.arready.eq(self.arready), port.rvalid.eq(self.rvalid), port.rid.eq(self.rid)]
         m.d.comb += Assert(port.rready == self.ready.bit_select(port.rid, 1))
         stable(m, port.arvalid, port.arready, port.araddr, port.arid)
+        return m
+
+
+class WriteMuxProof(Proof):
+    """Two masters on a write port: what is shown holds until taken, beats and addresses never mix, and an answer
+    reaches the master whose burst it is. The memory is assumed to answer only bursts it has seen."""
+
+    def __init__(self):
+        super().__init__({"aw": 2, "w": 2, "addr": 8, "data": 8, "awready": 1, "wready": 1, "bvalid": 1})
+
+    def elaborate(self, platform):
+        m = Module()
+        m.submodules.dut = dut = WriteMux(ADDR_BITS, 32, 2)
+        port = dut.port
+        m.d.comb += [port.awready.eq(self.awready), port.wready.eq(self.wready), port.bvalid.eq(self.bvalid)]
+        open_ = [Signal(4, name=f"open_{n}") for n in range(2)]
+        total = sum(open_)
+        m.d.comb += Assume(~self.bvalid | (total != 0))
+        for n, master in enumerate(dut.masters):
+            addr, beat = self.addr.word_select(n, 4), self.data.word_select(n, 4)
+            m.d.comb += [
+                master.awvalid.eq(self.aw[n]),
+                master.awaddr.eq(addr),
+                master.wvalid.eq(self.w[n]),
+                master.wdata.eq(beat),
+                master.bready.eq(1),
+            ]
+            live, (aw, awr, was_addr, w, wr, was_beat) = past(
+                m, master.awvalid, master.awready, addr, master.wvalid, master.wready, beat
+            )
+            with m.If(live & aw & ~awr):
+                m.d.comb += [Assume(self.aw[n]), Assume(addr == was_addr)]
+            with m.If(live & w & ~wr):
+                m.d.comb += [Assume(self.w[n]), Assume(beat == was_beat)]
+            opened, closed = master.awvalid & master.awready, master.bvalid & master.bready
+            m.d.sync += open_[n].eq(open_[n] + opened - closed)
+            with m.If(closed):
+                m.d.comb += Assert(open_[n] != 0)
+            with m.If(opened):
+                m.d.comb += [Assert(port.awvalid & port.awready), Assert(port.awaddr == addr)]
+            with m.If(master.wvalid & master.wready):
+                m.d.comb += [Assert(port.wvalid & port.wready), Assert(port.wdata[:4] == beat)]
+        taken = [
+            (master.awvalid & master.awready) | (master.wvalid & master.wready) for master in dut.masters
+        ]
+        m.d.comb += Assert(~(taken[0] & taken[1]))
+        # An accepted burst, beat or answer at the port is one at a master.
+        m.d.comb += Assert(self.bvalid == (dut.masters[0].bvalid | dut.masters[1].bvalid))
+        stable(m, port.awvalid, port.awready, port.awaddr)
+        stable(m, port.wvalid, port.wready, port.wdata[:4])
         return m
 
 

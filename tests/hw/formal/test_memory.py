@@ -11,6 +11,7 @@ PROOFS = {
     "coverage": (proofs.CoverageProof, 4, True),
     "read_channel": (lambda: proofs.ReadChannelProof(abort=False), 6, True),
     "read_mux": (proofs.ReadMuxProof, 8, False),
+    "write_mux": (proofs.WriteMuxProof, 8, False),
     "read_channel_abort": (lambda: proofs.ReadChannelProof(abort=True), 8, False),
     "write_channel": (proofs.WriteChannelProof, 8, False),
 }

@@ -78,13 +78,14 @@ def test_two_to_four_weights_and_wide_heads(machines):
 
 
 def test_a_corrupted_weight_changes_the_bits(machines):
-    """The comparison can fail: one flipped byte of the first projection is seen."""
+    """The comparison can fail: one inverted word of a projection is seen."""
     machine = machines()
     device = RtlDevice(machine.image, MODELS["latency 2"])
     try:
         path = device.engine._path("channel.bin")
         image = np.array(machine.image.channel(0)).reshape(-1).copy()
-        image[machine.programs.map.matrices["layers.0.gateup"].base * WORD_BYTES + WORD_BYTES] ^= 0x55
+        start = (machine.programs.map.matrices["layers.0.gateup"].base + 1) * WORD_BYTES
+        image[start : start + WORD_BYTES] ^= 0xFF
         path.write_bytes(image.tobytes())
         device.engine.map_channel(0, path)
         expected = machine.golden.forward([3], machine.golden.new_cache())[0]

@@ -185,7 +185,7 @@ def cut(kv, part):
 @settings(deadline=None, max_examples=25)
 @given(st.integers(0, 999), st.integers(1, 4), st.integers(1, 4))
 def test_partials_of_two_places_merge_to_the_whole(seed, tiles, more):
-    """Engine and drive each hold some tiles: aligned by shifts, the merge is the whole up to the 7-bit probabilities."""
+    """Engine and drive each hold some tiles: their merge is the whole up to the 7-bit probabilities."""
     z, v, live = partial_of(seed, 32 * (tiles + more))
     here, there = slice(0, 32 * tiles), slice(32 * tiles, None)
     parts = [attend_partial(z[..., s], live[:, s], cut(v, s)) for s in (here, there)]

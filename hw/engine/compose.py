@@ -1,0 +1,86 @@
+"""A configuration's resources as a sum of synthesised blocks.
+
+Rule: repeated blocks are synthesised once and counted; a pair of rows is synthesised as two halves of 16 multipliers
+(`LanePair(16)`) plus the adders that join their dot products; memories that a device holds in block RAM or URAM are
+counted by their shape. Wiring between blocks adds nothing. Sources of every row are the blocks that the engine
+elaborates.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from amaranth.lib import wiring
+
+from golden.spec.engine import SIDE_BITS, STEP, VB_BANKS, EngineConfig
+from hw.engine.array import DOT_BITS, LanePair
+from hw.engine.controller import Controller
+from hw.engine.decoder import ChannelPlanes, Incoming, Outgoing
+from hw.engine.drain import ScaleLane
+from hw.engine.lane import Lane
+from hw.engine.matrix import Issue
+from hw.engine.mem.append import AppendUnit
+from hw.engine.mem.dma import DmaUnit
+from hw.engine.mem.reader import ReadChannel
+from hw.engine.sfu.unit import VectorUnit
+from hw.flow.synth import Resources, resources
+from hw.lib.memories import bram36_count, uram_count
+
+ADDR_BITS = 32
+WORD_BITS = 512
+
+
+@dataclass(frozen=True)
+class Part:
+    """`count` copies of a block."""
+
+    name: str
+    count: int
+    make: Callable[[], wiring.Component]
+
+
+def parts(config: EngineConfig) -> list[Part]:
+    """The logic of an engine, block by block."""
+    channel = {"addr_bits": ADDR_BITS, "data_bits": WORD_BITS, "fifo_beats": config.fifo_words}
+    return [
+        Part("half pair of rows", config.lanes, lambda: LanePair(STEP // 2)),
+        Part("lane", config.lanes, lambda: Lane(config.tokens)),
+        Part("channel planes", config.channels, lambda: ChannelPlanes(config.lanes_per_channel)),
+        Part("word sequence", 1, lambda: Incoming(config)),
+        Part("step sequence", 1, lambda: Outgoing(config)),
+        Part("issue", 1, lambda: Issue(config)),
+        Part("output scale", config.vector_lanes, ScaleLane),
+        Part("vector unit", 1, lambda: VectorUnit(config)),
+        Part("read channel", config.channels, lambda: ReadChannel(**channel)),
+        Part("append unit", 1, lambda: AppendUnit(config)),
+        Part("DMA unit", 1, lambda: DmaUnit(config)),
+        Part("controller", 1, lambda: Controller(config)),
+    ]
+
+
+def memories(config: EngineConfig) -> Resources:
+    """Vector buffer in URAM, activation buffer in the kind that holds it with fewer bits wasted."""
+    bank = config.vb_words // VB_BANKS
+    act = 2 * (uram_count(8 * STEP, config.act_words) + uram_count(SIDE_BITS, config.act_words))
+    if bank >= 4096:
+        return Resources(0, 0, 0, 0.0, VB_BANKS * uram_count(32 * config.vector_lanes, bank) + act, 0, 0)
+    bram = VB_BANKS * bram36_count(32 * config.vector_lanes, bank)
+    bram += 2 * (bram36_count(8 * STEP, config.act_words) + bram36_count(SIDE_BITS, config.act_words))
+    return Resources(0, 0, 0, bram, 0, 0, 0)
+
+
+def drain_select(config: EngineConfig) -> Resources:
+    """Selection of `vector_lanes` accumulators out of all lanes (a LUT per four inputs and bit), and joining adders."""
+    groups = config.lanes // config.vector_lanes
+    select = config.vector_lanes * 56 * -(-groups // 4) if groups > 1 else 0
+    return Resources(select + config.lanes * DOT_BITS, 0, 0, 0.0, 0, 0, 0)
+
+
+def compose(config: EngineConfig) -> dict[str, Resources]:
+    """Resources by part (copies included), with `memories`, `select and join` and the `total`."""
+    table = {p.name: resources(p.make(), p.name.replace(" ", "_")).scaled(p.count) for p in parts(config)}
+    table["memories"] = memories(config)
+    table["select and join"] = drain_select(config)
+    total = Resources(0, 0, 0, 0.0, 0, 0, 0)
+    for row in table.values():
+        total = total + row
+    return {**table, "total": replace(total)}

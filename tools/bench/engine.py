@@ -1,0 +1,106 @@
+"""The engine on RTL: products against their byte and multiplier bounds, the U280 composition, simulation speed."""
+
+import resource
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from golden.spec.engine import SMALL, U280, EngineConfig, StreamFormat, weight_stream
+from golden.spec.formats import SPARSE24_PATTERNS, WEIGHT_FORMATS, WeightFormat
+from hw.engine.compose import compose
+from sw_stack.pack.stream import pack_matrix
+from sw_stack.rtl.core import CoreJob, CoreResult, run_core
+from sw_stack.rtl.matvec import activation_groups, matrix_operation, weight_fields
+
+SLICE = replace(U280, name="u280-slice", channels=2, act_words=2048)
+"""Two of the U280's channels with their lanes. All channels take words and steps together, so cycles are those of
+the whole: 4,096 rows are 16 row blocks of 256 lanes there and 16 row blocks of 16 lanes here."""
+ROWS, INNER, TOKENS = 4096, 4096, 128
+
+
+@dataclass(frozen=True)
+class Operands:
+    """Random weights of a format, packed, with their stream."""
+
+    stream: StreamFormat
+    words: np.ndarray
+    rows: int
+
+
+def packed(config: EngineConfig, name: str, rows: int, inner: int, seed: int = 1) -> Operands:
+    """A legal weight matrix of format `name`."""
+    rng, fmt = np.random.default_rng(seed), WEIGHT_FORMATS[name]
+    stream = weight_stream(name, fmt.group)
+    scales = rng.uniform(1e-3, 1e-2, (rows, inner // fmt.group)).astype(np.float16)
+    minima = -scales if fmt.asymmetric else None
+    fields = weight_fields(_codes(rng, fmt, rows, inner), scales, minima, fmt)
+    return Operands(stream, pack_matrix(config, stream, fields), rows)
+
+
+def _codes(rng: np.random.Generator, fmt: WeightFormat, rows: int, inner: int) -> np.ndarray:
+    if not fmt.sparse24:
+        return rng.integers(fmt.code_min, fmt.code_max + 1, (rows, inner))
+    mask = np.zeros((rows, inner // 4, 4), bool)
+    np.put_along_axis(mask, np.array(SPARSE24_PATTERNS)[rng.integers(0, 6, (rows, inner // 4))], True, -1)
+    return (rng.choice([-3, -1, 1, 3], mask.shape) * mask).reshape(rows, inner)
+
+
+def product(config: EngineConfig, o: Operands, inner: int, vectors: int, passes: int = 1) -> CoreResult:
+    """`passes` products of the same weights with `vectors` vectors each."""
+    operation = matrix_operation(config, o.stream, o.rows, inner, vectors)
+    acts = np.random.default_rng(2).integers(-127, 128, (vectors, inner))
+    return run_core(
+        CoreJob(
+            config,
+            np.concatenate([o.words] * passes, 1),
+            [operation] * passes,
+            np.zeros((vectors * operation["dst_stride"], config.vector_lanes), np.int32),
+            activation_groups(config, acts),
+            dict.fromkeys(range(vectors), (8, 40000, 25)),
+        )
+    )
+
+
+def beat_fraction(name: str) -> float:
+    """Share of cycles that take a word of every channel, first to last, of a 4,096 x 4,096 matrix-vector product."""
+    rows = ROWS // U280.lanes * SLICE.lanes
+    return product(SLICE, packed(SLICE, name, rows, INNER), INNER, 1).beat_fraction
+
+
+def mac_fraction(name: str) -> float:
+    """Multiplier cycles over all cycles of a 128 x 4,096 x 4,096 product, 16 vectors per pass."""
+    rows = ROWS // U280.lanes * SLICE.lanes
+    result = product(SLICE, packed(SLICE, name, rows, INNER), INNER, SLICE.tokens, TOKENS // SLICE.tokens)
+    return result.fired / result.cycles
+
+
+def simulated_mac_per_s() -> float:
+    """MAC per second of processor time of the `small` matrix unit, W4, 16 vectors, program start included."""
+    o = packed(SMALL, "w4", 1024, 2048)
+    product(SMALL, o, 2048, 1)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    result = product(SMALL, o, 2048, SMALL.tokens, 4)
+    seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
+    return result.fired * SMALL.macs_per_cycle / seconds
+
+
+def run() -> list[dict[str, Any]]:
+    """Rows of `make bench` for the engine."""
+    rows = [
+        _row(f"engine.mv.beat_fraction.{name}", beat_fraction(name), "1", 0.95, "higher")
+        for name in WEIGHT_FORMATS
+    ]
+    rows += [
+        _row(f"engine.mm.mac_fraction.{name}", mac_fraction(name), "1", 0.9, "higher")
+        for name in ("w4", "w2", "w2s24")
+    ]
+    total = compose(U280)["total"]
+    limits = {"dsp": 4497, "lut": 420_000, "ff": 2_607_360, "bram": 2016, "uram": 960, "logic_levels": 8}
+    rows += [_row(f"engine.u280.{k}", getattr(total, k), "", limit, "lower") for k, limit in limits.items()]
+    rows.append(_row("engine.verilated.mac_per_s", simulated_mac_per_s(), "MAC/s", 150e6, "higher"))
+    return rows
+
+
+def _row(name: str, value: float, unit: str, target: float, better: str) -> dict[str, Any]:
+    return {"id": name, "value": value, "unit": unit, "target": target, "better": better}

@@ -43,7 +43,7 @@ CODE_LIFT = 6
 FINISH_SHIFT = 23
 QUEUE = 32
 VECTORS_IN_FLIGHT = 8
-DIVIDE_PERIOD = RECIP_BITS // 2 + 3
+DIVIDE_PERIOD = RECIP_BITS // 2 + 4
 """Cycles between the reciprocals of two vectors."""
 
 
@@ -158,14 +158,14 @@ class SoftmaxUnit(wiring.Component):
     @staticmethod
     def tile_latency_of(lanes: int) -> int:
         """From the transfer of a tile's last word to the cycle of its `act` write, when words arrive back to back."""
-        top = tree_cycles(lanes) + 3  # ... to the tile's maximum at the head of its queue
+        top = tree_cycles(lanes) + 5  # ... to the tile's maximum at the head of its queue
         sums = 1 + Exp2.latency + 2 + 2 + tree_cycles(lanes, 2) + 2  # ... to its sums at the head of theirs
         return top + sums + 2 * (TILE // lanes - 1) + 4
 
     @staticmethod
     def vector_latency_of(lanes: int) -> int:
         """From the transfer of a vector's last word to the cycle of its `table` write, likewise."""
-        return SoftmaxUnit.tile_latency_of(lanes) + RECIP_BITS // 2 + 1
+        return SoftmaxUnit.tile_latency_of(lanes) + RECIP_BITS // 2 + 2
 
     def elaborate(self, platform):
         m = Module()
@@ -204,9 +204,9 @@ class SoftmaxUnit(wiring.Component):
     def _running_maximum(self, m: Module, out) -> None:
         """Stretch 1: one entry of `out` per tile."""
         pipe = Pipe(m, "top_")
-        word, cycles = self.i.p, tree_cycles(self._lanes)
+        word, cycles = self.i.p, 1 + tree_cycles(self._lanes)
         lowest = -(1 << 31)
-        live = [Mux(word.live[k], word.z[k], lowest) for k in range(self._lanes)]
+        live = [pipe.reg(Mux(word.live[k], word.z[k], lowest), f"live_{k}") for k in range(self._lanes)]
         best = pipe.tree(live, lambda x, y: Mux(x > y, x, y), "score")
         any_live = pipe.reg(word.live.as_value().any(), "any", cycles)
         place = pipe.reg(word.place, "place", cycles)
@@ -223,13 +223,15 @@ class SoftmaxUnit(wiring.Component):
         running = Signal(MAX_BITS, init=EMPTY_MAX)
         old = Mux(place_late.first_tile, EMPTY_MAX, running)
         new = Mux(seen_late & (ceiling > old), ceiling, old)
-        rise = new - old
         ends = valid[cycles + 1] & place_late.tile_last
         with m.If(ends):
             m.d.sync += running.eq(new)
+        ended = Signal()
+        rise = running - pipe.reg(old, "old")
         m.d.sync += [
-            out.valid.eq(ends),
-            out.p.top.eq(new),
+            ended.eq(ends),
+            out.valid.eq(ended),
+            out.p.top.eq(running),
             out.p.decay.eq(Mux(rise > DECAY_MAX, DECAY_MAX, rise)),
         ]
 
@@ -336,12 +338,11 @@ class SoftmaxUnit(wiring.Component):
         m.d.sync += self.table.en.eq(0)
         with m.FSM(name="finish"):
             with m.State("WAIT"), m.If(finals.o.valid):
-                m.d.sync += [
-                    total.eq(finals.o.p.l),
-                    length.eq(arith.bit_length(finals.o.p.l)),
-                    self.table.addr.eq(finals.o.p.table),
-                ]
+                m.d.sync += [total.eq(finals.o.p.l), self.table.addr.eq(finals.o.p.table)]
                 m.d.comb += finals.o.ready.eq(1)
+                m.next = "LENGTH"
+            with m.State("LENGTH"):
+                m.d.sync += length.eq(arith.bit_length(total))
                 m.next = "START"
             with m.State("START"):
                 m.d.comb += divider.i.valid.eq(1)

@@ -15,6 +15,7 @@ from hw.engine.sfu.scalars import ScalarKind, ScalarUnit
 from hw.engine.sfu.softmax import DIVIDE_PERIOD, SoftmaxUnit
 from hw.engine.sfu.unit import SCANNING, SETTLE_GROUPS, SETTLE_WORDS
 from hw.engine.sfu.walker import Walker
+from hw.lib.streams import PipeStage
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def instruction_cycles(op: Op, lanes: int, count: int, vectors: int = 1, *, fres
 
     `lanes` elements per VB word, `count` elements per vector, `vectors` vectors.
     """
-    first = Walker.latency + Fetch.latency
+    first = Walker.latency + PipeStage.latency + Fetch.latency
     if op is Op.SOFTMAX:
         words = -(-count // ATTN_TILE) * (ATTN_TILE // lanes)
         written = first + words - 1 + SoftmaxUnit.vector_latency_of(lanes)

@@ -42,7 +42,7 @@ from hw.engine.sfu.scalars import SUM_BITS, LaneScalars, ScalarKind, ScalarUnit
 from hw.engine.sfu.softmax import SoftmaxUnit
 from hw.engine.sfu.walker import Beat, Pass, Walker, is_op
 from hw.lib.memories import TypedMemory
-from hw.lib.streams import connect
+from hw.lib.streams import PipeStage, connect
 
 LANE_OPS = {
     Op.NORM: LaneOp.NORM,
@@ -105,7 +105,10 @@ class VectorUnit(wiring.Component):
         m.submodules.reducer = reducer = Reducer(lanes, beat)
         m.submodules.scalars = scalars = ScalarUnit()
         m.submodules.groups = groups = GroupWriter(lanes)
-        connect(m, walker.o, fetch.i)
+        # The bounds check of a beat and the grant of its words, through an arbiter outside, are a cycle each.
+        m.submodules.beats = beats = PipeStage(walker.o.p.shape())
+        connect(m, walker.o, beats.i)
+        connect(m, beats.o, fetch.i)
         connect(m, wiring.flipped(self.a), fetch.a)
         connect(m, wiring.flipped(self.b), fetch.b)
         known = self._scalars(m, walker, reducer, scalars, fetch, array)
@@ -215,11 +218,10 @@ class VectorUnit(wiring.Component):
         """Operands meet the scalars of their vector and go to the lanes, or to the softmax unit."""
         tag, factors = words.p.tag, self._lane_factors
         scan, main = tag.stage == Pass.SCAN, tag.stage == Pass.MAIN
-        to_softmax = op.op == int(Op.SOFTMAX)
+        to_softmax, needs_scalars = Signal(), Signal()
+        m.d.sync += [to_softmax.eq(op.op == int(Op.SOFTMAX)), needs_scalars.eq(is_op(op.op, *SCANNING))]
         # The scalars come in order: those of the first pass, and for NORM again as many of the second.
-        free = scan | (main & ~is_op(op.op, *SCANNING))
-        earlier = Mux(main & (op.op == int(Op.NORM)), op.vectors, 0)
-        go = words.valid & (free | (known > earlier + tag.vector))
+        go = words.valid & (scan | ~needs_scalars | (known > tag.ordinal))
         m.d.comb += [
             lanes.valid.eq(go & ~to_softmax),
             softmax.valid.eq(go & to_softmax),

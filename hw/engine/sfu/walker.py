@@ -24,9 +24,9 @@ class Pass(enum.Enum, shape=2):
 class Beat(data.StructLayout):
     """What travels with a word.
 
-    `vector`: its index; `mask`: elements that count (SOFTMAX: live slots); `dst`: VB word, or A8 group; `slot`: word
-    within its group of 32; `first`, `last`: first and last word of the vector; `first_tile`: among its first 32
-    elements; `final`: last word of the instruction.
+    `vector`: its index; `ordinal`: vectors before it in all passes but the scan; `mask`: elements that count (SOFTMAX:
+    live slots); `dst`: VB word, or A8 group; `slot`: word within its group of 32; `first`, `last`: first and last word
+    of the vector; `first_tile`: among its first 32 elements; `final`: last word of the instruction.
     """
 
     def __init__(self, lanes: int):
@@ -34,6 +34,7 @@ class Beat(data.StructLayout):
             {
                 "stage": Pass,
                 "vector": unsigned(8),
+                "ordinal": unsigned(9),
                 "mask": unsigned(lanes),
                 "dst": unsigned(VB_ADDR),
                 "slot": unsigned(3),
@@ -89,6 +90,7 @@ class Walker(wiring.Component):
                 scans = is_op(op.op, Op.NORM, Op.QUANT, Op.KVQUANT) & ~op.fresh
                 m.d.sync += self._stage.eq(Mux(scans, Pass.SCAN, self._after_scan(op)))
                 self._first_vector(m)
+                m.d.sync += self._ordinal.eq(0)
                 m.d.comb += self.accepted.eq(fault == Error.NONE.value)
                 m.next = "WALK"
                 with m.If(~self.accepted):
@@ -147,6 +149,7 @@ class Walker(wiring.Component):
         self._words = Signal(17)
         self._vectors = Signal(8)
         self._vector = Signal(8)
+        self._ordinal = Signal(9)
         self._slot = Signal(range(max(2, ATTN_TILE // self._config.vector_lanes)))
         self._first, self._first_tile = Signal(), Signal()
         self._room = {
@@ -168,6 +171,7 @@ class Walker(wiring.Component):
             out.use_b.eq(main & self._is_b),
             out.tag.stage.eq(self._stage),
             out.tag.vector.eq(self._vector),
+            out.tag.ordinal.eq(self._ordinal),
             out.tag.dst.eq(self._address["dst"]),
             out.tag.slot.eq(self._slot),
             out.tag.first.eq(self._first),
@@ -233,6 +237,8 @@ class Walker(wiring.Component):
             # A bound that is passed stays passed: the counter must not wrap in a long vector.
             with m.If(room > -lanes):
                 m.d.sync += room.eq(room - lanes)
+        with m.If(last_word & (self._stage != Pass.SCAN)):
+            m.d.sync += self._ordinal.eq(self._ordinal + 1)
         with m.If(last_word & last_vector):
             self._first_vector(m)
             m.d.sync += self._stage.eq(Mux(self._stage == Pass.SCAN, self._after_scan(self.op), Pass.MAIN))

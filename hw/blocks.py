@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from amaranth.lib import wiring
 
 from golden.spec.engine import U280
+from hw.engine.sfu.fetch import Fetch, Reducer
 from hw.engine.sfu.lanes import LanePair
+from hw.engine.sfu.retire import GroupWriter
 from hw.engine.sfu.scalars import ScalarUnit
 from hw.engine.sfu.softmax import SoftmaxUnit
-from hw.engine.sfu.unit import VectorUnit
+from hw.engine.sfu.walker import Beat, Walker
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,9 @@ ENGINE = ("xcup",)
 BLOCKS: dict[str, Block] = {
     "sfu_lane_pair": Block(LanePair, ENGINE),
     "sfu_scalars": Block(ScalarUnit, ENGINE),
-    "sfu_softmax_8": Block(lambda: SoftmaxUnit(8), ENGINE),
-    "sfu_softmax_16": Block(lambda: SoftmaxUnit(16), ENGINE),
-    "sfu_vector_unit_16": Block(lambda: VectorUnit(U280), ENGINE),
+    "sfu_softmax": Block(lambda: SoftmaxUnit(U280.vector_lanes), ENGINE),
+    "sfu_walker": Block(lambda: Walker(U280), ENGINE),
+    "sfu_fetch": Block(lambda: Fetch(U280, Beat(U280.vector_lanes)), ENGINE),
+    "sfu_reducer": Block(lambda: Reducer(U280.vector_lanes, Beat(U280.vector_lanes)), ENGINE),
+    "sfu_groups": Block(lambda: GroupWriter(U280.vector_lanes), ENGINE),
 }

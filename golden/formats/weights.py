@@ -122,8 +122,11 @@ def scales_asymmetric(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     From least to greatest at four bits; two bits shrink that range about its centre to the least squared error.
     """
     low, high = groups.amin(-1), groups.amax(-1)
+    if bits != 2:
+        minimum = fp16(low)
+        return fp16((high - minimum).clamp(min=0) / ((1 << bits) - 1)), minimum
     best, best_error = (torch.zeros_like(low), torch.zeros_like(low)), torch.full_like(low, torch.inf)
-    for shrink in RANGE_SEARCH if bits == 2 else (1.0,):
+    for shrink in RANGE_SEARCH:
         margin = (high - low) * (1 - shrink) / 2
         minimum = fp16(low + margin)
         scale = fp16((high - margin - minimum).clamp(min=0) / ((1 << bits) - 1))

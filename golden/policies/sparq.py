@@ -22,6 +22,13 @@ def largest(keys: Tensor, count: Tensor | int) -> Tensor:
     return rank < count
 
 
+def running_mean(v: Tensor, positions: Tensor) -> Tensor:
+    """v-bar [Hkv, T, dh]: mean of v [Hkv, S, dh] over the tokens up to each of T consecutive positions."""
+    first, end = int(positions[0]), int(positions[-1]) + 1
+    sums = torch.cat((v[:, : first + 1].sum(1, keepdim=True), v[:, first + 1 : end]), 1).cumsum(1)
+    return sums / (positions + 1)[:, None]
+
+
 class Sparq(KVPolicy):
     """out = alpha * softmax(q K[j]) V[j] + (1 - alpha) * v-bar.
 
@@ -73,8 +80,7 @@ class Sparq(KVPolicy):
         """Exact attention over the chosen tokens, mixed with v-bar."""
         z = heads.q @ heads.k.transpose(-1, -2)[:, None] * heads.scale
         exact = z.masked_fill(~selected.tokens[:, None], -torch.inf).softmax(-1) @ heads.v[:, None]
-        count = torch.arange(1, heads.v.shape[1] + 1, dtype=heads.v.dtype)
-        v_bar = (heads.v.cumsum(1) / count[:, None])[:, heads.positions]
+        v_bar = running_mean(heads.v, heads.positions)
         assert selected.weights is not None
         alpha = selected.weights[..., None]
         return alpha * exact + (1 - alpha) * v_bar[:, None]

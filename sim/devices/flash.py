@@ -52,6 +52,43 @@ def read_limits(flash: Flash) -> Bandwidth:
     return Bandwidth("flash read", limits)
 
 
+def expected_excess(bins: int, balls: float) -> float:
+    """Expected (max - mean) / mean of `balls` thrown into `bins`: the normal approximation of the fullest bin.
+
+    z is the mean maximum of `bins` standard normals (Gumbel limit); 0 for a single bin.
+    """
+    if bins < 2 or balls <= 0:
+        return 0.0
+    root = math.sqrt(2 * math.log(bins))
+    z = (
+        root - (math.log(math.log(bins)) + math.log(4 * math.pi)) / (2 * root) + 0.5772 / root
+        if bins > 3
+        else 0.7
+    )
+    return z * math.sqrt(bins / balls)
+
+
+def scattered_limits(flash: Flash, pages: float, drives: int = 1) -> Bandwidth:
+    """Read bandwidth of `drives` drives for one selection of `pages` pages on random dies: the fullest die (or
+    channel) ends last. Large selections even out; small ones do not."""
+    commands = pages / planes(flash)
+    even = read_limits(flash).limits
+    dies = drives * flash.channels * flash.dies_per_channel
+    on_dies = 1 + expected_excess(dies, commands)
+    on_channels = 1 + expected_excess(drives * flash.channels, commands)
+    array = drives * even["flash array"] / on_dies
+    if flash.arbitration == "transfer-first" and not flash.cache_read:
+        # The fullest die sets the number of rounds; data-outs take the bus no longer than evenly filled.
+        rounds = on_dies * (flash.command_us + sense_us(flash))
+        out = planes(flash) * transfer_us(flash)
+        array = dies * planes(flash) * flash.page_bytes / 1e3 / (rounds + flash.dies_per_channel * out)
+    limits = {
+        "flash array, fullest die": array,
+        "flash channel, fullest": drives * even["flash channel with commands"] / on_channels,
+    }
+    return Bandwidth("flash read of a selection", limits)
+
+
 def program_limits(flash: Flash) -> Bandwidth:
     """Sustained program bandwidth of saturated sequential writes, with every limit."""
     p, tx = planes(flash), transfer_us(flash)

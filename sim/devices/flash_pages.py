@@ -5,7 +5,8 @@ both deterministic for a seed. They do what simpy processes would do for each pa
 processes and requires equal times), with events batched per channel in a heap, because a process per page costs more
 than the page.
 
-- `stream`: a saturated sequential read striped over channels, dies and planes, as attention reads KV.
+- `stream`: a saturated sequential read striped over channels, dies and planes, as dense attention reads KV.
+- `scattered`: the same for pages that a selection scattered, so that some dies have longer queues than others.
 - `closed_loop`: single-page reads with a bounded number outstanding, for latency distributions.
 
 Bus arbitration (`Flash.arbitration`): "pipelined" lets a die take its next command as soon as its data are out;
@@ -17,7 +18,7 @@ from __future__ import annotations
 import heapq
 import random
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from sim.describe.devices import Flash
@@ -59,99 +60,86 @@ def sense_times_us(flash: Flash, rng: random.Random) -> Callable[[], float]:
 
 
 def stream(flash: Flash, pages: int, seed: int = 0) -> PageRun:
-    """Read `pages` pages striped page by page over channels; all commands are queued from the start."""
-    p = planes(flash)
+    """Read `pages` pages striped evenly over channels, dies and planes; all commands are queued from the start."""
     rng = random.Random(seed)
-    channel = _cached_channel if flash.cache_read else _CHANNELS[flash.arbitration]
     latencies: list[float] = []
-    slowest = 0.0
     fixed = not flash.read_spread_us and not flash.retry_rate
     ends: dict[int, float] = {}
+    slowest = 0.0
     for number in range(flash.channels):
         own = pages // flash.channels + (number < pages % flash.channels)
         if fixed and own in ends:
             continue
         # A read smaller than a full stripe senses only the planes that it needs.
-        together = max(1, min(p, own))
-        ends[own] = channel(flash, -(-own // together), together, sense_times_us(flash, rng), latencies)
+        together = max(1, min(planes(flash), own))
+        ends[own] = _channel(
+            flash, _even(-(-own // together), flash), together, sense_times_us(flash, rng), latencies
+        )
         slowest = max(slowest, ends[own])
     return PageRun(pages, slowest * 1e-6, latencies)
 
 
-def _pipelined_channel(
-    flash: Flash, commands: int, p: int, sense: Callable[[], float], latencies: list[float]
-) -> float:
-    """A die's next command follows its own data-out at once."""
-    tcmd, out = flash.command_us, p * transfer_us(flash)
-    dies = min(flash.dies_per_channel, commands)
-    ready = [((i + 1) * tcmd + sense(), i * tcmd) for i in range(dies)]
-    heapq.heapify(ready)
-    bus, left = dies * tcmd, commands - dies
-    replace, record = heapq.heapreplace, latencies.append
-    while left:
-        at, asked = ready[0]
-        bus = (at if at > bus else bus) + out
-        record(bus - asked)
-        bus += tcmd
-        replace(ready, (bus + sense(), bus - tcmd))
-        left -= 1
-    return _drain(ready, bus, out, latencies)
+def scattered(flash: Flash, pages: int, drives: int = 1, seed: int = 0) -> PageRun:
+    """Read `pages` pages that lie where a selection put them: each command on a die drawn uniformly at random.
+
+    Of `drives` drives that share the pages, the one with the longest queue on a die is simulated. Planes of a die are
+    still sensed together: K and V of a token group are selected together.
+    """
+    import numpy as np
+
+    p, dies = planes(flash), flash.channels * flash.dies_per_channel
+    commands = -(-pages // p)
+    draws = np.random.default_rng(seed).multinomial(commands, np.full(drives * dies, 1 / (drives * dies)))
+    loads = draws.reshape(drives, flash.channels, flash.dies_per_channel)
+    worst = loads[int(loads.max(axis=(1, 2)).argmax())].tolist()
+    rng = random.Random(seed)
+    latencies: list[float] = []
+    ends = [_channel(flash, queues, p, sense_times_us(flash, rng), latencies) for queues in worst]
+    return PageRun(sum(map(sum, worst)) * p, max(ends) * 1e-6, latencies)
 
 
-def _transfer_first_channel(
-    flash: Flash, commands: int, p: int, sense: Callable[[], float], latencies: list[float]
+def _even(commands: int, flash: Flash) -> list[int]:
+    dies = flash.dies_per_channel
+    return [commands // dies + (i < commands % dies) for i in range(dies)]
+
+
+def _channel(
+    flash: Flash, queues: list[int], p: int, sense: Callable[[], float], latencies: list[float]
 ) -> float:
-    """Commands wait while any data-out waits."""
-    tcmd, out = flash.command_us, p * transfer_us(flash)
-    ready: list[tuple[float, float]] = []
-    waiting = [0.0] * min(flash.dies_per_channel, commands)
-    bus, left = 0.0, commands - len(waiting)
-    while left or waiting:
-        if waiting and not (ready and ready[0][0] <= bus):
+    """One channel until the queue of each die (commands of `p` pages) is empty; returns the end in microseconds."""
+    tcmd, out, cached = flash.command_us, p * transfer_us(flash), flash.cache_read
+    commands_first = flash.arbitration == "pipelined"
+    left, pending = list(queues), sum(queues)
+    waiting = deque(die for die, queued in enumerate(left) if queued)
+    asked, sensed = [0.0] * len(left), [0.0] * len(left)
+    ready: list[tuple[float, int]] = []
+    bus = 0.0
+    push, pop, record = heapq.heappush, heapq.heappop, latencies.append
+    while pending:
+        if waiting and (commands_first or not (ready and ready[0][0] <= bus)):
+            die = waiting.popleft()
+            asked[die] = bus
             bus += tcmd
-            heapq.heappush(ready, (bus + sense(), waiting.pop()))
+            at = bus + sense()
+            # With cache reads the die senses its next page as soon as this one has moved to the cache register.
+            sensed[die] = at + sense() if cached else 0.0
+            push(ready, (at, die))
             continue
-        at, asked = heapq.heappop(ready)
-        bus = max(at, bus) + out
-        latencies.append(bus - asked)
-        if left:
-            waiting.append(bus)
-            left -= 1
-    return _drain(ready, bus, out, latencies)
-
-
-def _cached_channel(
-    flash: Flash, commands: int, p: int, sense: Callable[[], float], latencies: list[float]
-) -> float:
-    """The next page senses while one waits in the cache register or on the bus."""
-    tcmd, out = flash.command_us, p * transfer_us(flash)
-    dies = min(flash.dies_per_channel, commands)
-    ready: list[tuple[float, float, float]] = []
-    for i in range(dies):
-        moved = (i + 1) * tcmd + sense()
-        ready.append((moved, moved + sense(), i * tcmd))
-    heapq.heapify(ready)
-    bus, left = dies * tcmd, commands - dies
-    while left:
-        at, sensed, asked = ready[0]
-        bus = max(at, bus) + out
-        latencies.append(bus - asked)
-        bus += tcmd
-        moved = max(sensed, bus)
-        heapq.heapreplace(ready, (moved, moved + sense(), at))
-        left -= 1
-    return _drain([(at, asked) for at, _, asked in ready], bus, out, latencies)
-
-
-def _drain(ready: Sequence[tuple[float, float]], bus: float, out: float, latencies: list[float]) -> float:
-    """Data-outs after the last command."""
-    for at, asked in sorted(ready):
-        bus = max(at, bus) + out
-        latencies.append(bus - asked)
+        at, die = pop(ready)
+        bus = (at if at > bus else bus) + out
+        record(bus - asked[die])
+        pending -= 1
+        left[die] -= 1
+        if left[die] and cached:
+            asked[die] = bus
+            bus += tcmd
+            moved = max(sensed[die], bus)
+            sensed[die] = moved + sense()
+            push(ready, (moved, die))
+        elif left[die]:
+            waiting.append(die)
     return bus
 
-
-_CHANNELS = {"pipelined": _pipelined_channel, "transfer-first": _transfer_first_channel}
 
 READY, FREE, SUBMIT = 0, 1, 2
 

@@ -16,12 +16,14 @@ from sim.describe.devices import Csd
 from sim.describe.model import FP16_BYTES
 from sim.devices.csd import AttentionUnit, KvReads, attention_unit
 from sim.devices.drive import write_bandwidth
-from sim.devices.flash import first_page_us, read_limits
-from sim.devices.flash_pages import stream
+from sim.devices.flash import first_page_us, read_limits, scattered_limits
+from sim.devices.flash_pages import scattered, stream
 from sim.devices.limits import Bandwidth
 from sim.result import Residency
 from sim.schemes.base import GB, GpuScheme, link_bandwidth
 
+SELECTION_PAGES = 40_000
+"""Pages that drawing small selections repeatedly may cost at page fidelity."""
 CHANNEL_COPY = 1.5
 """K is stored twice (token- and channel-oriented), V once."""
 
@@ -112,9 +114,16 @@ class CsdDense(GpuScheme):
     def page_seconds(self, pipe: str, size_bytes: float) -> float | None:
         if pipe != "csd flash":
             return None
-        pages = math.ceil(size_bytes / self.machine.csd_count / self.csd.page_bytes)
         filters = min(self.unit.stream_limits().values(), default=math.inf) * 1e9 * self.machine.csd_count
-        return max(stream(self.csd, pages).seconds, size_bytes / filters)
+        return max(self._pages_s(math.ceil(size_bytes / self.csd.page_bytes)), size_bytes / filters)
+
+    def _pages_s(self, pages: int) -> float:
+        """Seconds of the page engine for `pages` pages over all drives."""
+        return stream(self.csd, math.ceil(pages / self.machine.csd_count)).seconds
+
+    def read_rate_cap(self, size_bytes: float) -> float:
+        """Bytes/s that a read of this size can reach; dense reads are striped evenly."""
+        return math.inf
 
     def reads(self, context: int) -> KvReads:
         """What one layer's attention reads and computes over all drives in a step."""
@@ -156,7 +165,8 @@ class CsdDense(GpuScheme):
         """Flash reads and the unit's work of one layer; returns what the outputs wait for."""
         reads, unit = self.reads(context), self.unit
         ramp = first_page_us(self.csd) * 1e-6
-        read = graph.move("read kv", "kv access", ("csd flash",), reads.size_bytes, [sent], latency_s=ramp)
+        cap = self.read_rate_cap(reads.size_bytes)
+        read = graph.move("read kv", "kv access", ("csd flash",), reads.size_bytes, [sent], cap, ramp)
         count = self.machine.csd_count
         done = [read]
         if beside := unit.overlapped_seconds(reads, count):
@@ -197,6 +207,17 @@ class CsdSparf(CsdDense):
     def marked_channels(self) -> int:
         """r."""
         return max(1, round(self.workload.sparsity * self.model.head_size))
+
+    def _pages_s(self, pages: int) -> float:
+        # Every layer and step draws anew: few pages vary much, so several selections are averaged.
+        draws = max(1, min(8, SELECTION_PAGES // pages))
+        runs = [scattered(self.csd, pages, self.machine.csd_count, seed) for seed in range(draws)]
+        return sum(r.seconds for r in runs) / draws
+
+    def read_rate_cap(self, size_bytes: float) -> float:
+        return scattered_limits(
+            self.csd, size_bytes / self.csd.page_bytes, self.machine.csd_count
+        ).bytes_per_s
 
     def numerics(self) -> str:
         return f"float/float/float/sparf:{self.marked_channels},{self.workload.sparsity:g}"

@@ -64,6 +64,23 @@ def test_analytic_is_never_slower_than_flow(calibration, machine, model, scheme,
     assert bound.decode_tokens_per_s >= flow.decode_tokens_per_s * (1 - 1e-9)
 
 
+@pytest.mark.parametrize("scheme", ["csd-dense", "csd-sparf", "flexgen-ssd"])
+@pytest.mark.parametrize("batch", [1, 16])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"csd.arbitration": "transfer-first"},
+        {"csd.cache_read": True},
+        {"csd_count": 4, "csd.retry_rate": 0.003},
+    ],
+)
+def test_flow_stays_within_five_percent_of_page(calibration, scheme, batch, changes):
+    work = Workload(batch=batch, input_tokens=1024, output_tokens=32)
+    flow, page = (simulate("reference", "opt-13b", scheme, work, f, changes) for f in ("flow", "page"))
+    assert flow.tokens_per_s == pytest.approx(page.tokens_per_s, rel=0.05)
+
+
 def test_csd_attention_is_the_flash_rate_when_the_unit_streams(calibration):
     # 64 sequences, 1,536 cached tokens: 40 layers x 64 x 1,536 x 20,480 B at the array-bound rate of the drive.
     result = simulate(

@@ -23,6 +23,8 @@ csd_count = [1, 2, 4, 5]
 FIDELITY_CASES = (
     ("csd-dense", {}),
     ("csd-sparf", {}),
+    ("csd-sparf", {"csd.arbitration": "transfer-first"}),
+    ("csd-sparf", {"csd_count": 4}),
     ("csd-dense", {"csd.arbitration": "transfer-first"}),
     ("csd-dense", {"csd.dies_per_channel": 11, "csd.retry_rate": 0.003}),
     ("csd-dense", {"csd.dies_per_channel": 16}),

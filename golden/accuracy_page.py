@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from golden.accuracy import CALIBRATION, ENDS, TAIL
+from golden.accuracy import CALIBRATION, ENDS, SHORT_CONTEXTS, TAIL
 from golden.loaders.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -102,21 +102,22 @@ FINDINGS = (
      "SparF with r = 16 of 64 channels and 1/8 of the tokens: times {times}, passkey {passkey:.0%}."),
 )  # fmt: skip
 """Row and sentence; `times` is its perplexity over the float model's at the same context."""
-FINDINGS_CONTEXT = 1024
+BASE = "float float float dense (float)"
 
 
 def findings(results: Sequence[Result]) -> list[str]:
-    """Sentences with numbers of the rows at FINDINGS_CONTEXT; one whose row is missing is left out."""
-    rows = {r["name"]: r for r in results if r["context"] == FINDINGS_CONTEXT}
-    base = rows.get("float float float dense (float)")
+    """Sentences with the numbers of their rows, at the longest of the short contexts where the row was measured."""
+    rows = {(r["name"], r["context"]): r for r in results}
     found = []
     for name, text in FINDINGS:
-        if base and name in rows:
-            row = rows[name]
-            ratio = row["perplexity"] / base["perplexity"]
+        measured = [c for c in SHORT_CONTEXTS if (name, c) in rows and (BASE, c) in rows]
+        if measured:
+            row = rows[name, measured[-1]]
+            ratio = row["perplexity"] / rows[BASE, measured[-1]]["perplexity"]
             times = f"{ratio:.3f}" if ratio < 100 else f"{ratio:,.0f}"
-            found.append("- " + text.format(times=times, passkey=row["passkey"], kl=row["kl_nats"]))
-    return [f"At {FINDINGS_CONTEXT:,} tokens:", "\n".join(found)] if found else []
+            sentence = text.format(times=times, passkey=row["passkey"], kl=row["kl_nats"])
+            found.append(f"- {sentence} (Context {measured[-1]:,}.)")
+    return ["\n".join(found)] if found else []
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:

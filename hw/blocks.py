@@ -6,6 +6,10 @@ from dataclasses import dataclass
 from amaranth.lib import wiring
 
 from golden.spec.engine import U280
+from hw.engine import array, lane
+from hw.engine.controller import Controller
+from hw.engine.decoder import ChannelPlanes
+from hw.engine.drain import ScaleLane
 from hw.engine.sfu.fetch import Fetch, Reducer
 from hw.engine.sfu.lanes import LanePair
 from hw.engine.sfu.retire import GroupWriter
@@ -26,6 +30,11 @@ ENGINE = ("xcup",)
 """The engine is for UltraScale+ alone."""
 
 BLOCKS: dict[str, Block] = {
+    "rce_half_pair": Block(lambda: array.LanePair(array.STEP // 2), ENGINE),
+    "rce_lane": Block(lambda: lane.Lane(U280.tokens), ENGINE),
+    "rce_channel": Block(lambda: ChannelPlanes(U280.lanes_per_channel), ENGINE),
+    "rce_output_scale": Block(ScaleLane, ENGINE),
+    "engine_controller": Block(lambda: Controller(U280), ENGINE),
     "sfu_lane_pair": Block(LanePair, ENGINE),
     "sfu_scalars": Block(ScalarUnit, ENGINE),
     "sfu_softmax": Block(lambda: SoftmaxUnit(U280.vector_lanes), ENGINE),

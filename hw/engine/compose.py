@@ -21,7 +21,12 @@ from hw.engine.matrix import Issue
 from hw.engine.mem.append import AppendUnit
 from hw.engine.mem.dma import DmaUnit
 from hw.engine.mem.reader import ReadChannel
-from hw.engine.sfu.unit import VectorUnit
+from hw.engine.sfu.fetch import Fetch, Reducer
+from hw.engine.sfu.lanes import LanePair as VectorLanePair
+from hw.engine.sfu.retire import GroupWriter
+from hw.engine.sfu.scalars import ScalarUnit
+from hw.engine.sfu.softmax import SoftmaxUnit
+from hw.engine.sfu.walker import Beat, Walker
 from hw.flow.synth import Resources, resources
 from hw.lib.memories import bram36_count, uram_count
 
@@ -49,7 +54,13 @@ def parts(config: EngineConfig) -> list[Part]:
         Part("step sequence", 1, lambda: Outgoing(config)),
         Part("issue", 1, lambda: Issue(config)),
         Part("output scale", config.vector_lanes, ScaleLane),
-        Part("vector unit", 1, lambda: VectorUnit(config)),
+        Part("vector lane pair", config.vector_lanes // 2, VectorLanePair),
+        Part("vector scalars", 1, ScalarUnit),
+        Part("softmax", 1, lambda: SoftmaxUnit(config.vector_lanes)),
+        Part("vector walker", 1, lambda: Walker(config)),
+        Part("vector fetch", 1, lambda: Fetch(config, Beat(config.vector_lanes))),
+        Part("vector reducer", 1, lambda: Reducer(config.vector_lanes, Beat(config.vector_lanes))),
+        Part("group writer", 1, lambda: GroupWriter(config.vector_lanes)),
         Part("read channel", config.channels, lambda: ReadChannel(**channel)),
         Part("append unit", 1, lambda: AppendUnit(config)),
         Part("DMA unit", 1, lambda: DmaUnit(config)),

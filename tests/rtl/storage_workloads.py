@@ -34,7 +34,9 @@ def workload(seed, heads, tokens, *, clustered, head_size=128, m=4, r=16, channe
         k = k.astype(np.float16)
         cache.add(0, head, k, v)
         mean = v.mean(0, dtype=np.float32).astype(np.float16)
-        jobs.append(Job(0, head, q[None].astype(np.float16), tokens, r=r, k=tokens // 8, window=16, mean=mean))
+        jobs.append(
+            Job(0, head, q[None].astype(np.float16), tokens, r=r, k=tokens // 8, window=16, mean=mean)
+        )
         data.append((k, v))
     return cache, jobs, data
 

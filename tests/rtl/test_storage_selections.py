@@ -1,0 +1,64 @@
+"""SparF through the whole unit on selections that scatter and on selections that cluster: same bits, different traffic."""
+
+import numpy as np
+import pytest
+
+from golden.spec.storage import Status, tokens_per_page
+from sw_stack.rtl.storage import UnitConfig, run
+from tests.rtl.storage_workloads import bound_cycles, dense, golden, pages_touched, workload
+
+pytestmark = pytest.mark.rtl
+SMALL = UnitConfig(channels=2, lanes=1, max_tokens=1024)
+
+
+def measure(heads, tokens, config, *, clustered, seed=5, **flash):
+    """Runs SparF jobs; returns (share of token pages touched, pages, cycles, jobs, cache)."""
+    cache, jobs, data = workload(seed, heads, tokens, clustered=clustered, channels=config.channels)
+    traces = [golden(job, *kv) for job, kv in zip(jobs, data)]
+    pages = [pages_touched(job, trace, cache.m) for job, trace in zip(jobs, traces)]
+    result = run(cache, jobs, config, **flash)
+    for number, trace in enumerate(traces):
+        done = result.completions[number]
+        assert done.status == Status.OK
+        assert np.array_equal(done.output.view(np.uint16), trace.output.view(np.uint16)), (
+            f"head {number} differs"
+        )
+    total = sum(map(sum, pages))
+    assert result.counters["pages"] == total, "the unit reads the pages that golden touches, and no other"
+    share = sum(token for _, token in pages) / (2 * heads * tokens / tokens_per_page(128))
+    return share, total, result.cycles, jobs, cache
+
+
+def check_traffic(heads, tokens, config, **flash):
+    """Returns the two ratios of cycles to the streaming time of the touched pages: clustered, random."""
+    shares, ratios, cycles = [], [], []
+    for clustered in (True, False):
+        share, pages, taken, *_ = measure(heads, tokens, config, clustered=clustered, **flash)
+        bound = bound_cycles(pages, config.channels)
+        assert taken >= bound
+        shares.append(share)
+        ratios.append(taken / bound)
+        cycles.append(taken)
+    assert abs(shares[1] - (1 - (7 / 8) ** 16)) < 0.03, "random touches 88 % of the token pages"
+    assert shares[0] < 0.35
+    assert cycles[0] < cycles[1]
+    return ratios
+
+
+def test_both_kinds_are_exact_and_cost_their_pages():
+    check_traffic(4, 1024, SMALL, read_ns=5000)
+
+
+@pytest.mark.slow
+def test_sixteen_heads_of_4k_on_the_published_drive():
+    clustered, scattered = check_traffic(16, 4096, UnitConfig())
+    assert scattered < 1.15, "the array time of both rounds hides behind other heads"
+    assert clustered < 1.8
+
+
+@pytest.mark.slow
+def test_scattered_selections_gain_little_over_dense():
+    config = UnitConfig()
+    *_, random_cycles, jobs, cache = measure(8, 4096, config, clustered=False)
+    every = run(cache, dense(jobs), config).cycles
+    assert 1.0 < every / random_cycles < 1.4

@@ -16,7 +16,7 @@ from tests.hw.sfu.scenarios import Case
 
 OPS = (Op.NORM, Op.QUANT, Op.ROPE, Op.GATE, Op.ADD, Op.SOFTMAX, Op.KVQUANT)
 CONFIG = ENGINE_CONFIGS[os.environ.get("SFU_CONFIG", "tiny")]
-CASES = int(os.environ.get("SFU_CASES", "60"))
+CASES = int(os.environ.get("SFU_CASES", "35"))
 COVERED: Counter = Counter()
 
 
@@ -173,7 +173,7 @@ async def random_instructions(dut, stall, seed):
 async def reset_in_mid_traffic(dut):
     machine, rng = Machine(dut, 5, 0.3), random.Random(5)
     await machine.start()
-    for _ in range(40):
+    for _ in range(25):
         op = Case(rng.choice(OPS), rng, machine.lanes).prepare(machine)
         await machine.execute(op, cut=rng.randint(1, 120))
         await machine.reset()

@@ -38,7 +38,7 @@ def test_each_instruction_equals_plain_integers(op):
     check([op], seed=0, lanes=8, stall=0.0, cases=8)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_mixed_instructions_under_stalls_of_every_port(seed):
     check(list(OPS), seed, lanes=8, stall=0.4, cases=14)
 

@@ -1,7 +1,7 @@
-"""Exact argtopk: which channels and which tokens SparF selects (docs/formats-storage.md, section 6).
+"""Exact argtopk: the order in which SparF selects channels and tokens (docs/formats-storage.md, section 6).
 
 Order: the larger key first; among equal keys the lower index first. Keys are integers, so the order is total and
-does not depend on how a sort is implemented. Letters: G queries of a KV head, dh head size, n candidates.
+does not depend on how a sort is implemented. Letters: G queries of a KV head, n candidates.
 """
 
 from __future__ import annotations
@@ -11,12 +11,8 @@ from torch import Tensor
 
 from golden.spec import KVStrataError
 
-CHANNEL_KEY_BITS = 48
-"""Channel weights: unsigned, unit 2**-24; eight infinities of 2**17 each stay far below."""
 TOKEN_KEY_BITS = 32
 """Token keys: signed; eight saturated scores add up to less than the greatest value, which the window takes."""
-FP16_INFINITY_WEIGHT = 1 << 41
-"""Infinity and NaN count as 2**17 in units of 2**-24: twice the largest finite magnitude."""
 
 
 def argtopk(keys: Tensor, k: int, *, window: int = 0) -> Tensor:
@@ -34,23 +30,6 @@ def argtopk(keys: Tensor, k: int, *, window: int = 0) -> Tensor:
         raise KVStrataError(f"the window must lie in 0..{k}, the number of selected tokens, not {window}")
     rest = torch.sort(keys[: n - window].to(torch.int64), descending=True, stable=True).indices[: k - window]
     return torch.cat([rest.sort().values, torch.arange(n - window, n)])
-
-
-def channel_weights(q: Tensor) -> Tensor:
-    """Sum of |q| over the group, exact: q [G, dh] float16 -> int64 [dh] in units of 2**-24.
-
-    Infinity and NaN count as 2**17, so that of single queries a channel that holds one is selected first.
-    """
-    if q.dim() != 2 or q.dtype != torch.float16:
-        raise KVStrataError(f"queries are [G, dh] float16, not {q.dtype} {tuple(q.shape)}")
-    magnitude = q.to(torch.float64).abs()
-    weight = torch.where(magnitude.isfinite(), magnitude * 2**24, float(FP16_INFINITY_WEIGHT))
-    return weight.to(torch.int64).sum(dim=0)
-
-
-def select_channels(q: Tensor, r: int) -> Tensor:
-    """The `r` channels with the largest summed |q| of the group: q [G, dh] float16 -> int64 [r], ascending."""
-    return argtopk(channel_weights(q), r)
 
 
 def select_tokens(scores: Tensor, k: int, *, window: int = 0) -> Tensor:

@@ -1,4 +1,4 @@
-"""SparF through the whole unit on selections that scatter and on selections that cluster: same bits, different traffic."""
+"""SparF through the whole unit on selections that scatter and that cluster: same bits, different traffic."""
 
 import numpy as np
 import pytest

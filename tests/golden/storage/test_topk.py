@@ -1,12 +1,14 @@
 """argtopk against a plain-Python sort, its tie rule, and its refusals."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from golden.spec import KVStrataError
-from golden.storage.topk import FP16_INFINITY_WEIGHT, argtopk, channel_weights, select_channels, select_tokens
+from golden.storage.attention import channel_keys, largest
+from golden.storage.topk import argtopk, select_tokens
 
 
 def by_sorting(keys, k, window):
@@ -39,23 +41,6 @@ def test_window_is_kept_and_counts():
     assert argtopk(torch.tensor([9, 8, 7, -5, -6]), 3, window=2).tolist() == [0, 3, 4]
 
 
-def test_channel_weights_are_exact_and_put_nan_and_infinity_first():
-    q = torch.tensor([[2**-24, -65504.0, float("inf"), float("nan")], [2**-24, 2**-24, 1.0, -1.0]]).half()
-    weights = channel_weights(q)
-    assert weights.tolist() == [
-        2,
-        65504 * 2**24 + 1,
-        FP16_INFINITY_WEIGHT + 2**24,
-        FP16_INFINITY_WEIGHT + 2**24,
-    ]
-    assert select_channels(q, 3).tolist() == [1, 2, 3]
-    assert 8 * FP16_INFINITY_WEIGHT < 2**48
-
-
-def test_an_infinity_outweighs_any_finite_value_of_one_query():
-    assert select_channels(torch.tensor([[65504.0, float("-inf"), 65504.0]]).half(), 1).tolist() == [1]
-
-
 def test_scores_are_pooled_before_selection():
     scores = torch.tensor([[10, 0, 6], [0, 10, 6]], dtype=torch.int32)
     assert select_tokens(scores, 1).tolist() == [2]
@@ -76,8 +61,16 @@ def test_bad_input_is_named(keys, k, window, message):
         argtopk(keys, k, window=window)
 
 
-def test_queries_and_scores_of_the_wrong_type_are_named():
-    with pytest.raises(KVStrataError, match=r"queries are \[G, dh\] float16, not torch.float32"):
-        channel_weights(torch.zeros(2, 64))
+def test_scores_of_the_wrong_type_are_named():
     with pytest.raises(KVStrataError, match=r"scores are \[G, S\] integers, not torch.float32"):
         select_tokens(torch.zeros(2, 64), 1)
+
+
+def test_agrees_with_the_selection_inside_sparf():
+    """`golden.storage.attention` selects on its own; both follow docs/formats-storage.md, section 6."""
+    rng = np.random.default_rng(3)
+    q = rng.normal(size=(4, 64)).astype(np.float16)
+    q[0, 5], q[-1, 9] = np.inf, np.nan
+    for keys in (channel_keys(q), rng.integers(-3, 3, 200)):
+        for k in (1, 30, len(keys)):
+            assert largest(keys, k).tolist() == argtopk(torch.from_numpy(keys), k).tolist()

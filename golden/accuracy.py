@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from golden.compression import Recipe, bits_per_weight, calibrate, compress
+from golden.compression import Recipe, bits_per_weight, calibrate, calibrate_k_offset, compress
 from golden.decoder import Decoder
 from golden.exact_decoder import ExactDecoder
 from golden.float_decoder import FloatDecoder
@@ -42,6 +42,10 @@ TAIL = 192
 policies that compute prompts densely select only there."""
 CALIBRATION = (60_000, 8, 512)
 """First token, windows, tokens per window: text that no row predicts."""
+OFFSET_CALIBRATION = (60_000, 1024)
+"""First token and tokens of the window from which the K offset is taken."""
+CENTRED = "-centred"
+"""Suffix of a KV representation whose keys lose a calibrated offset first (exact level; docs/formats.md section 7)."""
 METHOD = "1"
 """Raised when the measurement changes, so that kept rows of another method are measured again."""
 PASSKEY_DIGITS = 5
@@ -128,6 +132,19 @@ class Bench:
             _temporary(path).replace(path)
         return load_file(path)
 
+    def k_offset(self) -> Tensor:
+        """The K offset of centred rows, kept in the directory."""
+        from safetensors.torch import load_file, save_file
+
+        path = self.directory / f"k-offset-{self.checkpoint.sha256[:12]}-{METHOD}.safetensors"
+        if not path.exists():
+            start, size = OFFSET_CALIBRATION
+            save_file(
+                {"k": calibrate_k_offset(self.checkpoint, [self.ids[start : start + size]])}, _temporary(path)
+            )
+            _temporary(path).replace(path)
+        return load_file(path)["k"]
+
     def weights(self, recipe: Recipe) -> dict[str, Tensor | QuantisedWeight]:
         """Compressed weights; the last recipe is kept."""
         if self._weights is None or self._weights[0] != recipe:
@@ -149,9 +166,11 @@ class Bench:
             decoder.policy = parse_policy(row.policy, c.head_size, c.group)
             decoder.codec, decoder.activations = codec(row.kv), row.activations
         elif isinstance(decoder, ExactDecoder):
-            if row.activations != "a8" or row.kv not in KV_FORMATS:
+            kv, centred = row.kv.removesuffix(CENTRED), row.kv.endswith(CENTRED)
+            if row.activations != "a8" or kv not in KV_FORMATS:
                 raise KVStrataError(f"the exact level computes with a8 and kv4 or kv8, got {row.name}.")
-            decoder.window, decoder.kv_format = exact_window(row.policy), KV_FORMATS[row.kv]
+            decoder.window, decoder.kv_format = exact_window(row.policy), KV_FORMATS[kv]
+            decoder.k_offset = self.k_offset() if centred else None
         return decoder
 
     def _build(self, row: Row) -> Decoder:
@@ -234,7 +253,7 @@ class Bench:
         from dataclasses import replace
 
         c = self.checkpoint.config
-        representation = codec(row.kv).representation
+        representation = codec(row.kv.removesuffix(CENTRED)).representation
         return replace(parse_policy(row.policy, c.head_size, c.group).costs, representation=representation)
 
     def passkey(self, decoder: Decoder, context: int) -> float:
@@ -361,6 +380,7 @@ FORMATS: tuple[tuple[Recipe, str, str, str], ...] = (
     *((Recipe("float"), "float", kv, "float") for kv in ("kv8", "kv4", "kivi4", "kivi2")),
     (W4_EXACT, "a8", "kv8", "exact"),
     (W4_EXACT, "a8", "kv4", "exact"),
+    (W4_EXACT, "a8", "kv4" + CENTRED, "exact"),
     (Recipe("w8"), "a8", "kv8", "exact"),
     (Recipe("w4", 64), "float", "float", "float"),
     (Recipe("w4", 64, rounding="gptq"), "float", "float", "float"),

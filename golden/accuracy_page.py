@@ -88,6 +88,9 @@ FINDINGS = (
      "the down projection have outliers that set the scale.")),
     ("w4 a8 kv8 dense (exact)", "The engine with W4, A8, KV8, to the bit: times {times} (KL {kl:.3f})."),
     ("w4 a8 kv4 dense (exact)", "The engine with W4, A8, KV4, to the bit: times {times} (KL {kl:.3f})."),
+    ("w4 a8 kv4-centred dense (exact)",
+     ("The same with a calibrated offset taken from every key before KV4 (softmax does not notice it): times {times} "
+     "(KL {kl:.3f}).")),
     ("float float kv4 dense (float)", "KV4 per head and token alone: times {times} (KL {kl:.3f})."),
     ("float float kivi4 dense (float)",
      "KIVI's axes at four bits (K per channel, recent window in full): times {times} (KL {kl:.3f})."),

@@ -27,6 +27,7 @@ from golden.formats.weights import (
     quantise_weight,
 )
 from golden.loaders.checkpoint import LINEARS, Checkpoint
+from golden.ops import to_q16
 from golden.spec import KVStrataError
 from golden.spec.formats import W8, WEIGHT_FORMATS, WeightFormat
 
@@ -113,6 +114,29 @@ def calibrate(checkpoint: Checkpoint, windows: Iterable[Tensor]) -> dict[str, Te
     if not sums:
         raise KVStrataError("calibration needs at least one window of tokens, got none.")
     return sums
+
+
+def calibrate_k_offset(checkpoint: Checkpoint, windows: Iterable[Tensor]) -> Tensor:
+    """K offset of the engine, int64 q16 [layers, Hkv, dh]: mean of the rotated keys over windows of token ids [T].
+
+    Softmax does not notice a constant vector taken from every key; the codes then need not spend their range on it.
+    """
+    decoder = FloatDecoder(checkpoint)
+    means: list[list[Tensor]] = [[] for _ in range(checkpoint.config.layers)]
+    ends: list[int] = []
+
+    def collect(layer: int, operator: str, operands: dict[str, Any]) -> None:
+        # The last step of a window sees all of its keys.
+        if operator == "attention" and int(operands["heads"].positions[-1]) + 1 == ends[-1]:
+            means[layer].append(operands["heads"].k.double().mean(1))
+
+    decoder.probe = collect
+    for window in windows:
+        ends.append(len(window))
+        decoder.hidden(window, decoder.new_cache())
+    if not ends:
+        raise KVStrataError("calibration needs at least one window of tokens, got none.")
+    return to_q16(torch.stack([torch.stack(m).mean(0) for m in means]))
 
 
 def hessian_of(hessians: dict[str, Tensor], name: str) -> Tensor:

@@ -17,6 +17,7 @@ from golden.formats.weights import QuantisedWeight, fitting_group, quantise_weig
 from golden.lambda_window import LambdaWindow, attend_lambda
 from golden.loaders.checkpoint import LINEARS, Checkpoint
 from golden.ops import KVCodes
+from golden.spec import KVStrataError
 from golden.spec.formats import ATTN_TILE, KV_FORMATS, VEC_FRAC, W8, WEIGHT_FORMATS, KVFormat, WeightFormat
 
 
@@ -91,7 +92,8 @@ class ExactDecoder(Decoder):
     """Llama in integers.
 
     Parameters: a checkpoint, the weight format of the layers (`w8`, `w4`, `w2`, `w2s24`) or ready-made
-    QuantisedWeights by name, the KV format (`kv4`, `kv8`), and a Lambda window (None: dense attention).
+    QuantisedWeights by name, the KV format (`kv4`, `kv8`), a Lambda window (None: dense attention), and
+    a K offset int64 q16 [layers, Hkv, dh] taken from rotated keys before they are quantised (None: zero).
     Vectors are q16 int64 [T, n].
     """
 
@@ -101,9 +103,11 @@ class ExactDecoder(Decoder):
         weights: str | dict[str, QuantisedWeight] = "w4",
         kv: str = "kv4",
         window: LambdaWindow | None = None,
+        k_offset: Tensor | None = None,
     ) -> None:
         super().__init__(checkpoint.config)
         self.window = window
+        self.k_offset = k_offset
         chosen = engine_weights(checkpoint, WEIGHT_FORMATS[weights]) if isinstance(weights, str) else weights
         self.kv_format: KVFormat = KV_FORMATS[kv]
         self.matrices = {name: Prepared(w.integers(), w) for name, w in chosen.items()}
@@ -156,9 +160,10 @@ class ExactDecoder(Decoder):
         turned = {n: ops.rope(heads[n], cos, sin) for n in ("q", "k")}
         for n in ("q", "k"):
             self._observe(layer, f"rope.{n}", x=heads[n], cos=cos, sin=sin, y=turned[n])
-        new_k = ops.quantise_kv(turned["k"], self.kv_format.bits)
+        key = turned["k"] if self.k_offset is None else self._centred(layer, turned["k"])
+        new_k = ops.quantise_kv(key, self.kv_format.bits)
         new_v = ops.quantise_kv(heads["v"], self.kv_format.bits)
-        self._observe(layer, "kv", x_k=turned["k"], x_v=heads["v"], k=new_k, v=new_v)
+        self._observe(layer, "kv", x_k=key, x_v=heads["v"], k=new_k, v=new_v)
         cache.k[layer].write(start, new_k)
         cache.v[layer].write(start, new_v)
         if self.window is None:
@@ -166,6 +171,14 @@ class ExactDecoder(Decoder):
         else:
             y = self._lambda_attention(layer, heads, turned["q"], positions, cache)
         return y.transpose(0, 1).reshape(steps, -1)
+
+    def _centred(self, layer: int, k: Tensor) -> Tensor:
+        assert self.k_offset is not None
+        if self.window is not None and self.window.sinks:
+            raise KVStrataError(
+                f"a K offset shifts all scores of one query alike, so sinks must be 0, got {self.window.sinks}."
+            )
+        return ops.residual(k, -self.k_offset[layer][:, None])
 
     def _dense_attention(self, layer: int, q: Tensor, positions: Tensor, cache: ExactCache) -> Tensor:
         parts = []

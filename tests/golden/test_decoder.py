@@ -7,6 +7,7 @@ import pathlib
 import pytest
 import torch
 
+from golden.compression import calibrate_k_offset
 from golden.exact_decoder import ExactDecoder
 from golden.float_decoder import FloatDecoder
 from golden.lambda_window import LambdaWindow
@@ -58,6 +59,34 @@ def test_lambda_dense_limit_is_dense(tiny, sinks):
     ids = tokens(90)
     dense, wide = ExactDecoder(tiny), ExactDecoder(tiny, window=LambdaWindow(sinks, 90))
     assert torch.equal(dense.forward(ids, dense.new_cache()), wide.forward(ids, wide.new_cache()))
+
+
+def test_a_k_offset_changes_codes_but_not_what_is_attended(tiny):
+    """With fine codes the logits stay: softmax ignores a vector common to all keys."""
+    offset = calibrate_k_offset(tiny, [tokens(200, 5)])
+    assert offset.shape == (2, 2, 16)
+    ids = tokens(60)
+    plain, centred = (
+        ExactDecoder(tiny, "w8", "kv8"),
+        ExactDecoder(tiny, "w8", "kv8", k_offset=offset + (1 << 16)),
+    )
+    a, b = (d.real_logits(d.forward(ids, d.new_cache())) for d in (plain, centred))
+    assert not torch.equal(a, b)
+    assert (a - b).pow(2).mean().sqrt() < 0.03 * a.std()
+    centred.window = LambdaWindow(4, 20)
+    with pytest.raises(
+        KVStrataError, match="a K offset shifts all scores of one query alike, so sinks must be 0, got 4"
+    ):
+        centred.forward(ids, centred.new_cache())
+
+
+def test_the_offset_is_the_mean_of_the_rotated_keys(tiny):
+    window, seen = tokens(50, 3), {}
+    decoder = FloatDecoder(tiny)
+    decoder.probe = lambda layer, name, o: seen.update({layer: o["heads"].k}) if name == "attention" else None
+    decoder.hidden(window, decoder.new_cache())
+    expected = torch.stack([seen[i].double().mean(1) for i in (0, 1)])
+    assert (calibrate_k_offset(tiny, [window]) / 65536 - expected).abs().max() <= 2.0**-17 + 1e-9
 
 
 def test_lambda_window_limits_what_is_seen(tiny):

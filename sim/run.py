@@ -16,7 +16,9 @@ from sim.core.graph import SETUP, Graph, Run, analytic, demand_s, execute
 from sim.result import Span
 from sim.schemes.base import Scheme
 
-LAYERS_SIMULATED = 5
+LAYERS_SIMULATED = 6
+PERIOD_LAYERS = 2
+"""The steady period is a mean over this many layers: prefetching may alternate between two."""
 STEPS_SIMULATED = 7
 Build = Callable[[Graph, int], None]
 
@@ -64,8 +66,10 @@ def simulate_phase(scheme: Scheme, build: Build, fidelity: str, all_layers: bool
     pipe_bytes = _by_layer(graph, _pipe_bytes, scale)
     seconds, by_category = _continued(run, prefix, rest)
     floor = max(busy.values(), default=0.0)
+    if fidelity == "flow":
+        floor = max(floor, _continued(analytic(graph, rates), prefix, rest)[0])
     if seconds < floor:
-        # Without contention a graph ends early; the busiest resource still needs its time.
+        # Without contention a graph ends early, and a continued period may be a hair short: bounds hold nonetheless.
         slack, seconds = floor / seconds, floor
         by_category = {c: v * slack for c, v in by_category.items()}
     return Phase(seconds, by_category, busy, pipe_bytes, run)
@@ -110,10 +114,11 @@ def _continued(run: Run, prefix: int, rest: int) -> tuple[float, dict[str, float
     total = _attribute(segments, tasks, 0.0, math.inf)
     seconds = run.makespan_s
     if rest > 0:
-        first, last = run.layer_end_s(prefix - 3), run.layer_end_s(prefix - 2)
+        first, last = run.layer_end_s(prefix - 2 - PERIOD_LAYERS), run.layer_end_s(prefix - 2)
+        periods = rest / PERIOD_LAYERS
         for category, value in _attribute(segments, tasks, first, last).items():
-            total[category] = total.get(category, 0.0) + rest * value
-        seconds += rest * (last - first)
+            total[category] = total.get(category, 0.0) + periods * value
+        seconds += periods * (last - first)
     return seconds, total
 
 

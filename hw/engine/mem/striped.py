@@ -100,24 +100,26 @@ class StripedReader(wiring.Component):
             generator.clear.eq(self.clear),
         ]
         connect(m, wiring.flipped(self.i), generator.i)
-        bursts = self._fan_out(m, generator.o)
+        bursts, empty = self._fan_out(m, generator.o)
         for index, (port, source) in enumerate(zip(self._ports, bursts)):
             m.submodules[f"port_{index}"] = port
             m.d.comb += [port.abort.eq(self.abort), port.clear.eq(self.clear)]
             connect(m, source, port.i)
             connect(m, port.axi, wiring.flipped(self.axi[index]))
             connect(m, port.o, wiring.flipped(self.o[index]))
-        queued = Cat(source.valid for source in bursts).any()
         m.d.comb += [
             self.requested.eq(generator.o.valid & generator.o.ready & generator.o.payload.last),
-            self.idle.eq(~generator.busy & ~queued & Cat(port.idle for port in self._ports).all()),
+            self.idle.eq(~generator.busy & empty & Cat(port.idle for port in self._ports).all()),
         ]
         self._collect_faults(m, generator)
         self._count(m)
         return m
 
     def _fan_out(self, m, source):
-        """One burst stream per channel, each with a short queue, so that a slow channel does not stop the rest."""
+        """One burst stream per channel, each with a short queue, so that a slow channel does not stop the rest.
+
+        Returns the streams and whether all queues are empty; on abort they drain by themselves.
+        """
         if self._channels == 1:
             outputs = [source]
         else:
@@ -125,7 +127,7 @@ class StripedReader(wiring.Component):
             m.submodules.fork = ResetInserter(self.abort)(fork)
             connect(m, source, fork.i)
             outputs = fork.o
-        queues = []
+        queues, levels = [], []
         for index, output in enumerate(outputs):
             queue = StreamFIFO(burst_layout(self._addr_bits, self._max_burst), BURST_QUEUE)
             m.submodules[f"queue_{index}"] = queue
@@ -137,7 +139,8 @@ class StripedReader(wiring.Component):
                 queue.o.ready.eq(drained.ready | self.abort),
             ]
             queues.append(drained)
-        return queues
+            levels.append(queue.level)
+        return queues, Cat(*levels) == 0
 
     def _collect_faults(self, m, generator) -> None:
         m.submodules.latch = latch = FaultLatch()

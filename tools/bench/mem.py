@@ -44,15 +44,16 @@ def run() -> list[dict]:
     """Rows of `make bench`."""
     model = MemoryModel()
     limit = limit_beats_per_cycle(model)
-    rows = [
+    rows: list[tuple[str, float, str, float | None, str]] = [
         ("mem.hbm.stream_efficiency", stream_efficiency(model), "fraction of peak", 0.9, "higher"),
         ("mem.hbm.random64_efficiency", random_efficiency(model), "fraction of peak", None, "higher"),
     ]
-    for fifo in (64, 128):
+    for fifo, target in ((64, None), (128, 0.95)):  # the shallow one is there to show what depth buys
         counts = stream(CHANNELS, fifo)
         fraction = counts["beats"] / counts["cycles"]
-        rows.append((f"mem.stream.beat_fraction.fifo{fifo}", fraction, "beats/cycle", 0.95 * limit, "higher"))
-        rows.append((f"mem.stream.of_hbm_limit.fifo{fifo}", fraction / limit, "fraction", 0.95, "higher"))
+        least = target and target * limit
+        rows.append((f"mem.stream.beat_fraction.fifo{fifo}", fraction, "beats/cycle", least, "higher"))
+        rows.append((f"mem.stream.of_hbm_limit.fifo{fifo}", fraction / limit, "fraction", target, "higher"))
     fixed = stream(CHANNELS, 128, model=MemoryModel("fixed", 32))
     rows.append(
         ("mem.stream.beat_fraction.fixed32", fixed["beats"] / fixed["cycles"], "beats/cycle", 0.95, "higher")

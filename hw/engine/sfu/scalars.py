@@ -232,7 +232,7 @@ class ScalarUnit(wiring.Component):
                 output.mult.eq(
                     Mux(pending.live, Mux(attention, arith.rnd_shift(scaled, 16), pending.mantissa), 0)
                 ),
-                output.post.eq(Mux(pending.live, pending.minus_exponent, 0)),
+                output.post.eq(pending.minus_exponent),
             ]
 
     def _divide(self, m: Module, numerator: int, divisor, *fields) -> None:
@@ -273,7 +273,8 @@ class ScalarUnit(wiring.Component):
                 ]
                 m.next = "IDLE"
         # -se of the A8 scale, or of its product with the attention constant.
-        plain = formats.A8_SCALE_EXP_BIAS + 16 - length
+        live = amax != 0
+        plain = Mux(live, formats.A8_SCALE_EXP_BIAS + 16 - length, 0)
         with m.State("DIVISOR"):
             self._divide(
                 m,
@@ -281,7 +282,7 @@ class ScalarUnit(wiring.Component):
                 divisor,
                 pending.mantissa.eq(arith.rnd_shift(divisor * formats.A8_DIV127, 16)),
                 pending.n1.eq(length + (formats.A8_RECIP_SHIFT - 16 + N1_BIAS)),
-                pending.live.eq(amax != 0),
+                pending.live.eq(live),
                 pending.minus_exponent.eq(Mux(request.factor != 0, plain - 16 + request.exponent, plain)),
             )
 

@@ -146,7 +146,7 @@ class Case:
                 at = self.group + v * self.group_stride + g
                 assert machine.groups.pop(at) == want, f"QUANT: group {g} of vector {v}"
             entry = {"pre": 8, "mult": sm, "post": -se}
-            if self.fields["factor"] and sm:
+            if self.fields["factor"]:
                 entry |= {
                     "mult": ref.rs(sm * self.fields["factor"], 16),
                     "post": -se - 16 + self.fields["exponent"],

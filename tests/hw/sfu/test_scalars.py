@@ -21,7 +21,7 @@ def case_a8(rng, v, x):
     amax = max(map(abs, x))
     _, sm, se = ref.a8(x)
     output = {"pre": 8, "mult": sm, "post": -se}
-    if factor and amax:
+    if factor:
         output |= {"mult": ref.rs(sm * factor, 16), "post": -se - 16 + exponent}
     lanes = {}
     if amax:

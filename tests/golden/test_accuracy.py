@@ -17,7 +17,7 @@ from golden.accuracy import (
     parse_policy,
     prefill,
 )
-from golden.accuracy_page import FINDINGS, page, pareto_front, pareto_plot, table
+from golden.accuracy_page import page, pareto_front, pareto_plot, table
 from golden.compression import Recipe
 from golden.float_decoder import FloatDecoder
 from golden.policies import Sparq
@@ -123,7 +123,12 @@ def test_impossible_rows_are_named(short, smollm2, tmp_path):
 
 
 def test_page_and_plot_show_the_rows(smollm2):
-    worse = RESULT | {"name": FINDINGS[3][0], "kv": "kv4", "perplexity": 1.25e6, "kl_nats": 0.25}
+    worse = RESULT | {
+        "name": "float float kv4 dense (float)",
+        "kv": "kv4",
+        "perplexity": 1.25e6,
+        "kl_nats": 0.25,
+    }
     text = page([RESULT, worse], 66, smollm2, "topics", "ab" * 32)
     assert "2 of the 66" in text
     assert "| 12.50 | 100.0% | 0.000 |" in text

@@ -17,7 +17,6 @@ from sw_stack.pack.memory_map import MemoryMap
 
 LLAMA_7B = LlamaConfig("llama-2-7b", layers=32, hidden=4096, heads=32, kv_heads=32, head_size=128, ffn=11008,
                        vocab=32000, context=4096, rope_base=1e4, norm_eps=1e-5)  # fmt: skip
-DECODE_POSITION = 40
 RTL_TOKENS = 3
 
 
@@ -82,22 +81,23 @@ def ftl_page_operations_per_s() -> float:
 
 def on_rtl() -> list[dict[str, Any]]:
     """Decode steps of the whole model on the Verilated `small` engine, and the schedule's error on them."""
-    from sw_stack.device.timing import TimingDevice
+    from golden.spec import KVStrataError
     from sw_stack.runtime.generate import on_device
-    from sw_stack.runtime.machine import Setup, cached_image, memory_map
+    from sw_stack.runtime.machine import Setup
 
     checkpoint = load_model(None)
-    setup = Setup(device="rtl", context=128)
-    run = on_device(checkpoint, setup, "What is a KV cache?", RTL_TOKENS)
-    image = cached_image(checkpoint, memory_map(checkpoint, setup))
-    predicted = on_device(checkpoint, Setup(device="timing", context=128), "What is a KV cache?", RTL_TOKENS)
-    assert predicted.tokens == run.tokens
-    assert TimingDevice(image).name == "timing"
+    run, predicted = (
+        on_device(checkpoint, Setup(device=device, context=128), "What is a KV cache?", RTL_TOKENS)
+        for device in ("rtl", "timing")
+    )
+    if predicted.tokens != run.tokens:
+        raise KVStrataError(
+            f"both devices must write the same tokens; got {run.tokens} and {predicted.tokens}"
+        )
     errors = [abs(p - m) / m * 100 for p, m in zip(predicted.cycles, run.cycles, strict=True)]
-    head = min(run.cycles)
     return [
         row("rtl.seconds_per_token", run.seconds_per_token, "s", 2.0, "lower"),
-        row("rtl.cycles_per_token_1024mac", head, "cycles with LM head", 184_000, "lower"),
+        row("rtl.cycles_per_token_1024mac", min(run.cycles), "cycles with LM head", 184_000, "lower"),
         row("predict.worst_error_pct", max(errors), "%", 2.0, "lower"),
     ]
 

@@ -104,9 +104,43 @@ def _head_rows() -> Iterable[dict[str, Any]]:
         }
 
 
+UNIT_SHAPES = ((2, 256), (8, 256), (2, 1024), (8, 1024), (40, 1536))
+"""Heads per batch and tokens of the whole in-storage unit's runs, head size 128, dense."""
+READ_NS = 500
+"""Array read time of these runs: short, since the system model adds that of its own drive. The channels bind."""
+
+
+def _unit_rows() -> Iterable[dict[str, Any]]:
+    import numpy as np
+
+    from golden.spec.storage import PAGE_BYTES, token_pages
+    from sw_stack.rtl.attention import KernelConfig
+    from sw_stack.rtl.storage import Cache, Job, UnitConfig, run
+
+    random = np.random.default_rng(1)
+    rate = KernelConfig().flash_bytes_per_cycle
+    for heads, tokens in UNIT_SHAPES:
+        cache, jobs = Cache(128, tail_in_dram=False), []
+        for head in range(heads):
+            q, k, v = (random.standard_normal((n, 128)).astype(np.float16) for n in (1, tokens, tokens))
+            cache.add(0, head, k, v)
+            jobs.append(Job(0, head, q, tokens))
+        result = run(cache, jobs, UnitConfig(), read_ns=READ_NS)
+        size = 2 * token_pages(tokens, 128) * PAGE_BYTES * heads
+        yield {
+            "name": f"dense, {heads} heads, {tokens} tokens x 128",
+            "shape": [heads, tokens, 128],
+            "cycles": result.cycles,
+            "bound_cycles": size / rate,
+            "bytes": size,
+            "commands": heads,
+        }
+
+
 TABLES: tuple[Table, ...] = (
     Table("mv_core", "small", 225.0, _matrix_rows, engines=("small",)),
     Table("attention_head", "one-kernel", 285.0, _head_rows),
+    Table("storage_unit", "8-channels", 285.0, _unit_rows, engines=()),
 )
 
 

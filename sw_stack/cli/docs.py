@@ -2,11 +2,21 @@
 
 
 def command() -> None:
-    """Write docs/assumptions.md from the register."""
-    from hw.flow.cache import ROOT, write_atomically
+    """Write docs/assumptions.md from the register and README's results from the last report."""
+    import json
+
+    from hw.flow.cache import ROOT, build_dir, write_atomically
     from sw_stack.assumptions import load, markdown
     from sw_stack.cli.output import note
+    from sw_stack.report.readme import with_results
 
     page = ROOT / "docs" / "assumptions.md"
     write_atomically(page, markdown(load(page.parent / "assumptions.d")))
     note(f"wrote {page.relative_to(ROOT)}")
+    summary = build_dir() / "report" / "summary.json"
+    if not summary.is_file():
+        note("README.md keeps its results: there is no report yet (make sim)")
+        return
+    readme = ROOT / "README.md"
+    write_atomically(readme, with_results(readme.read_text(), json.loads(summary.read_text())))
+    note("wrote the results of README.md")

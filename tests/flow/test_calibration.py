@@ -40,7 +40,7 @@ def test_drifted_cycles_are_named(tmp_path, monkeypatch):
     honest = json.loads(json.dumps(stored))
     honest["rows"][1]["cycles"] -= 1
     monkeypatch.setattr(calibrate.Table, "measure", lambda *_: honest)
-    wanted = r"attention_head-one-kernel.json: dense head, 1 queries, 64 tokens x 128 takes \d+ cycles .* make calibrate"
+    wanted = r"one-kernel.json: dense head, 1 queries, 64 tokens x 128 takes \d+ cycles .* make calibrate"
     with pytest.raises(KVStrataError, match=wanted):
         calibrate.check_committed(table)
 

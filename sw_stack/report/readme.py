@@ -1,0 +1,60 @@
+"""The results block of README.md, written from a report's summary so that no figure in it is typed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from golden.spec import KVStrataError
+
+BEGIN, END = "<!-- results: written by `make docs` from the last `make sim` -->", "<!-- end of results -->"
+
+
+def with_results(page: str, summary: Mapping[str, Any]) -> str:
+    """`page` with its results block replaced; `KVStrataError` if the page does not hold the two marks in order."""
+    begin, end = page.find(BEGIN), page.find(END)
+    if not 0 <= begin < end:
+        raise KVStrataError("README.md holds a results block between its two marks, and they are missing")
+    return page[: begin + len(BEGIN)] + "\n" + results(summary) + page[end:]
+
+
+def results(summary: Mapping[str, Any]) -> str:
+    """Three tables: what the model said, what the RTL did, what the machine achieves."""
+    generated, accuracy = summary["generated"], summary["accuracy"]
+    perplexity = {row["level"]: row["perplexity"] for row in accuracy["rows"]}
+    lines = [
+        "## Results",
+        "",
+        f'SmolLM2-135M on "{generated["prompt"]}", {generated["new_tokens"]} tokens, greedy:',
+        "",
+    ]
+    lines += ["| level | perplexity | as float | text |", "|---|---|---|---|"]
+    for level in generated["levels"]:
+        agreement = "" if level["agreement"] is None else f"{100 * level['agreement']:.0f}%"
+        text = " ".join(level["text"].split()).replace("|", "\\|")
+        lines.append(f"| {level['name']} | {perplexity[level['name']]:.2f} | {agreement} | {text} |")
+    lines += ["", f"Real operands of layer {summary['rtl']['layer']} on Verilated RTL:", ""]
+    lines += ["| block | shape | against golden | cycles | bound |", "|---|---|---|---|---|"]
+    for row in summary["rtl"]["rows"]:
+        exact = "bit-exact" if row["bit_exact"] else row["first_difference"]
+        lines.append(
+            f"| {row['name']} | {row['shape']} | {exact} | {row['cycles']:,} | {row['bound_cycles']:,.0f} |"
+        )
+    lines += [
+        "",
+        "From those cycles, 1,024 tokens in and 1,024 out, at batch 64 or the largest that a scheme can run:",
+        "",
+    ]
+    lines += ["| model | scheme | batch | token/s | bottleneck |", "|---|---|---|---|---|"]
+    for row in summary["system"]["rows"]:
+        lines.append(
+            f"| {row['model']} | {row['scheme']} | {row['batch']} | {row['tokens_per_s']:,.4g} | {row['bottleneck']} |"
+        )
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "Published figures beside modelled ones: [docs/reproduction.md](docs/reproduction.md).",
+            "",
+        ]
+    )

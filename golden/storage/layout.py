@@ -197,7 +197,7 @@ def stripe(number: int, geometry: Geometry) -> dict[str, int]:
     row, column = divmod(number, geometry.channels)
     arrays = geometry.dies * geometry.planes
     sweep, place = divmod(row, arrays)
-    array = (place + sweep * (arrays // 2 + 1)) % arrays
+    array = (place + sweep * (arrays // 3 | 1)) % arrays
     die, plane = divmod(array, geometry.planes)
     block, page = divmod(sweep, geometry.pages)
     channel = (column + _digit_sum(row, geometry.channels)) % geometry.channels

@@ -338,11 +338,12 @@ class AttentionUnit(wiring.Component):
     def _select(self, m, feeders, kernels, front, marks):
         """Both sources of wanted pages: jobs in slot order, and the selection of the approximate pass."""
         m.submodules.all_pages = all_pages = AllPages()
+        m.submodules.other_pages = other_pages = AllPages()
         m.submodules.channel_pass = channel_pass = ChannelPass()
         m.submodules.first_pass = first_pass = TokenPass()
         m.submodules.second_pass = second_pass = TokenPass()
         m.submodules.selected = selected = SelectedPages()
-        rows_deep = AHEAD * self._max_tokens // GROUP_TOKENS
+        rows_deep = (AHEAD + 1) * self._max_tokens // GROUP_TOKENS
         m.submodules.rows = rows = StreamFIFO(ROW, rows_deep, kind="block")
         m.submodules.owners = owners = StreamFIFO(range(SLOTS), SLOTS)
         m.submodules.topk = topk = TopK(self._max_tokens, lanes=GROUP_TOKENS, in_lanes=1)
@@ -356,36 +357,44 @@ class AttentionUnit(wiring.Component):
             rows.i.p.mask.eq(alpha.selected.p.mask),
             rows.i.p.last.eq(alpha.selected.p.last),
         ]
-        connect(m, selected.o, second_pass.i)
+        # dense heads of kernel 1 use the path of the selected pages, so that both kernels' pages are asked for in turn
+        other = Signal()
+        m.d.comb += [
+            second_pass.i.valid.eq(Mux(other, other_pages.o.valid, selected.o.valid)),
+            second_pass.i.payload.eq(Mux(other, other_pages.o.payload, selected.o.payload)),
+            other_pages.o.ready.eq(second_pass.i.ready & other),
+            selected.o.ready.eq(second_pass.i.ready & ~other),
+        ]
         m.d.comb += selected.wide.eq(self._config.wide_head)
 
         # --- jobs in slot order
         slot = Signal(range(SLOTS))
         job = self._job(m, "issue", slot)
         marks_read = marks.read_port(domain="comb")
-        turn, kernel = Signal(), Signal()
+        fair, held, held_second = Signal(), Signal(), Signal()
         running = Signal()
-        ahead = Signal(
-            range(AHEAD + 1)
-        )  # approximate passes begun whose selected pages are not all asked for
+        ahead = Signal(range(AHEAD + 1))  # approximate passes begun whose selection is not being asked for
         sparse = self._sparse.bit_select(slot, 1)
         m.d.comb += [
             marks_read.addr.eq(slot),
             all_pages.wide.eq(self._config.wide_head),
             all_pages.tokens.eq(job.tokens),
+            other_pages.wide.eq(self._config.wide_head),
+            other_pages.tokens.eq(job.tokens),
             channel_pass.wide.eq(self._config.wide_head),
             channel_pass.m_log2.eq(self._config.m_log2),
             channel_pass.tokens.eq(job.tokens),
             channel_pass.marks.eq(marks_read.data),
         ]
         want = self._requester.want
-        second = second_pass.o.valid
+        second = Signal()
         dense_want, sparse_want = first_pass.o, channel_pass.o
         first_valid = running & Mux(sparse, sparse_want.valid, dense_want.valid)
         moved = want.ready & ~second
         m.d.comb += [
-            want.valid.eq(second | first_valid),
-            second_pass.o.ready.eq(want.ready),
+            second.eq(Mux(held, held_second, second_pass.o.valid & (fair | ~first_valid))),
+            want.valid.eq(second_pass.o.valid | first_valid),
+            second_pass.o.ready.eq(want.ready & second),
             dense_want.ready.eq(moved & running & ~sparse),
             sparse_want.ready.eq(moved & running & sparse),
         ]
@@ -393,16 +402,30 @@ class AttentionUnit(wiring.Component):
         with m.If(last):
             m.d.sync += [running.eq(0), slot.eq(slot + 1)]
         started = ~running & self._prepared.bit_select(slot, 1) & (~sparse | (ahead != AHEAD))
-        second_last = second & want.ready & second_pass.o.p.last
-        m.d.sync += ahead.eq(ahead + (started & sparse & ~last) - second_last)
-        with m.If(started & ~last):
+        second_moved = second & second_pass.o.valid & want.ready
+        second_last = second_moved & second_pass.o.p.last
+        second_owner = owners.o.payload
+        selection_first = second_moved & second_pass.o.p.first & self._sparse.bit_select(second_owner, 1)
+        m.d.sync += [
+            ahead.eq(ahead + (started & sparse) - selection_first),
+            held.eq(want.valid & ~want.ready),
+            held_second.eq(second),
+        ]
+        with m.If(want.valid & want.ready):
+            m.d.sync += fair.eq(~second)
+        # kernel 1 takes the exact passes of SparF; while there are none, dense heads go to either
+        to_other = Signal()
+        m.d.comb += to_other.eq(started & ~self._sparse.any() & ~other & ~owners.o.valid)
+        with m.If(to_other):
+            m.d.comb += other_pages.start.eq(1)
+            m.d.sync += [other.eq(1), slot.eq(slot + 1), self._prepared.bit_select(slot, 1).eq(0)]
+        with m.Elif(other_pages.o.valid & other_pages.o.ready & other_pages.o.p.last):
+            m.d.sync += other.eq(0)
+        with m.If(started & ~to_other):
             m.d.comb += [all_pages.start.eq(~sparse), channel_pass.start.eq(sparse)]
             m.d.sync += [
                 running.eq(1),
                 self._prepared.bit_select(slot, 1).eq(0),
-                # kernel 1 takes the exact passes, which come on their own; a dense pass does not mix with them
-                kernel.eq(~sparse & ~self._sparse.any() & turn),
-                turn.eq(~turn),
             ]
 
         # --- the selection: who owns it, and its pages
@@ -414,8 +437,8 @@ class AttentionUnit(wiring.Component):
         free = topk.cmd.ready & alpha.idle & owners.i.ready
         m.d.comb += [
             topk.cmd.valid.eq(asked & alpha.idle & owners.i.ready),
-            owners.i.valid.eq(asked & free),
-            owners.i.payload.eq(leader.slot),
+            owners.i.valid.eq((asked & free) | to_other),
+            owners.i.payload.eq(Mux(to_other, slot, leader.slot)),
             owners.o.ready.eq(second_last),
             topk.cmd.p.count.eq(leader_job.tokens),
             topk.cmd.p.k.eq(leader_job.k),
@@ -442,7 +465,6 @@ class AttentionUnit(wiring.Component):
 
         # --- what is wanted
         page, entry = want.p, want.p.ledger
-        second_owner = owners.o.payload
         chosen = Mux(second, second_owner, slot)
         of_slot = self._job(m, "want", chosen)
         m.d.comb += [
@@ -454,7 +476,7 @@ class AttentionUnit(wiring.Component):
         with m.If(second | ~sparse):
             token = second_pass.o.p, dense_want.p
             m.d.comb += [
-                page.kernel.eq(second | kernel),
+                page.kernel.eq(second),
                 entry.kind.eq(Mux(second, token[0].kind, token[1].kind)),
                 entry.index.eq(Mux(second, token[0].index, token[1].index)),
                 entry.first.eq(Mux(second, token[0].first, token[1].first)),

@@ -26,7 +26,7 @@ def test_harness_runs_and_is_cached(tmp_path):
     source = tmp_path / "main.cpp"
     source.write_text(
         '#include "Vcounter.h"\n#include <cstdio>\n'
-        'int main() { Vcounter d; d.rst = 0; d.en = 1; for (int i = 0; i < 5; ++i) { d.clk = 0; d.eval();'
+        "int main() { Vcounter d; d.rst = 0; d.en = 1; for (int i = 0; i < 5; ++i) { d.clk = 0; d.eval();"
         ' d.clk = 1; d.eval(); } printf("%d", d.o); }\n'
     )
     program = verilator.build_harness(emit(Counter(), "counter"), [source])
@@ -42,7 +42,9 @@ def test_refused_harness_leaves_nothing_behind(tmp_path, monkeypatch):
     source.write_text("int main() { return nonsense; }\n")
     with pytest.raises(KVStrataError, match=r"Verilating counter failed: .*nonsense"):
         verilator.build_harness(emit(Counter(), "counter"), [source])
-    assert [path.name for path in (tmp_path / "build" / "verilated").iterdir() if path.suffix != ".lock"] == []
+    assert [
+        path.name for path in (tmp_path / "build" / "verilated").iterdir() if path.suffix != ".lock"
+    ] == []
 
 
 @pytest.mark.rtl

@@ -25,7 +25,13 @@ def channel_beats(q, k, channels, block):
         for order, channel in enumerate(channels):
             row = rows[:, channel].reshape(-1, 16).tolist()
             beats += [
-                {"op": Op.CHANNEL, "data": x, "index": int(channel), "first": n == 0, "last": n == len(row) - 1}
+                {
+                    "op": Op.CHANNEL,
+                    "data": x,
+                    "index": int(channel),
+                    "first": n == 0,
+                    "last": n == len(row) - 1,
+                }
                 | {"flag": order == 0}
                 for n, x in enumerate(row)
             ]
@@ -60,7 +66,9 @@ def test_keys_probabilities_and_sum(head_size, tokens, r):
 
     async def watch(ctx):
         ctx.set(dut.key.ready, 1)
-        async for _, _, valid, key, *lanes in ctx.tick().sample(dut.key.valid, dut.key.payload, *dut.probability):
+        async for _, _, valid, key, *lanes in ctx.tick().sample(
+            dut.key.valid, dut.key.payload, *dut.probability
+        ):
             if valid:
                 keys.append(key if key < 1 << 31 else key - (1 << 32))
             for lane, view in enumerate(lanes):

@@ -14,7 +14,10 @@ LANES = 3
 def test_marks_and_scales(head_size, queries, r):
     rng = np.random.default_rng(head_size + r)
     dut = QueryUnit(LANES)
-    heads = [(rng.normal(size=(queries, head_size)) * 10.0 ** rng.uniform(-7, 3)).astype(np.float16) for _ in range(2)]
+    heads = [
+        (rng.normal(size=(queries, head_size)) * 10.0 ** rng.uniform(-7, 3)).astype(np.float16)
+        for _ in range(2)
+    ]
     heads[1][:, :: max(1, head_size // 32)] = 0
     if queries > 1:
         heads[1][1, :] = heads[1][1, :] * 0 + np.float16(1e-4) * (np.arange(head_size) < 3)

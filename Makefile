@@ -9,7 +9,7 @@ PYTEST := $(BIN)/pytest -q
 JOBS   ?= 2
 
 .DEFAULT_GOAL := sim
-.PHONY: help setup sim test lint test-rtl regress verilog synth formal calibrate bench accuracy notebooks docs clean
+.PHONY: help setup sim test lint test-rtl regress verilog synth formal calibrate bench accuracy oracle vectors notebooks docs clean
 
 help:  ## list the verbs
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -59,6 +59,12 @@ bench: $(STAMP)  ## benchmarks into build/bench/*.json
 
 accuracy: $(STAMP)  ## formats x policies x context lengths on the real model (docs/accuracy.md)
 	@$(BIN)/kvstrata accuracy
+
+oracle: $(STAMP)  ## freeze the independent logits of the golden tests again
+	@$(BIN)/python tests/golden/regenerate_oracle.py
+
+vectors: $(STAMP)  ## stimulus and expected output of every engine operator into build/vectors/
+	@$(BIN)/python -m golden.vector_sets
 
 notebooks: $(STAMP)  ## execute the notebooks in place
 	@$(BIN)/kvstrata notebooks

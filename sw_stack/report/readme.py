@@ -28,7 +28,7 @@ def results(summary: Mapping[str, Any]) -> str:
         f'SmolLM2-135M on "{generated["prompt"]}", {generated["new_tokens"]} tokens, greedy:',
         "",
     ]
-    lines += ["| level | perplexity | as float | text |", "|---|---|---|---|"]
+    lines += ["| level | perplexity | positions as float | text |", "|---|---|---|---|"]
     for level in generated["levels"]:
         agreement = "" if level["agreement"] is None else f"{100 * level['agreement']:.0f}%"
         text = " ".join(level["text"].split()).replace("|", "\\|")

@@ -24,7 +24,18 @@ def test_help_lists_every_verb():
 def test_makefile_help_lists_every_verb():
     root = Path(__file__).parents[2]
     shown = subprocess.run(["make", "help"], cwd=root, capture_output=True, text=True, check=True).stdout
-    wanted = ["setup", "sim", "test", "lint", "test-rtl", "regress", "verilog", "synth", "formal", "calibrate"]
+    wanted = [
+        "setup",
+        "sim",
+        "test",
+        "lint",
+        "test-rtl",
+        "regress",
+        "verilog",
+        "synth",
+        "formal",
+        "calibrate",
+    ]
     wanted += ["bench", "notebooks", "clean"]
     assert set(wanted) <= {line.split()[0] for line in shown.splitlines()}
 

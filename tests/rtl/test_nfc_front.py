@@ -8,6 +8,7 @@ from hw.storage.nfc.front import FlashFront
 pytestmark = pytest.mark.rtl
 
 
+@pytest.mark.slow
 def test_eight_channels_and_two_kernels():
     assert cocotb_run.run(FlashFront(), "flash_front", "tests.rtl.nfc_front_bench") == 4
 

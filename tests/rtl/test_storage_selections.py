@@ -61,6 +61,7 @@ def check_traffic(heads, tokens, config, **flash):
     return ratios
 
 
+@pytest.mark.slow
 def test_both_kinds_are_exact_and_cost_their_pages():
     check_traffic(4, 1024, SMALL, read_ns=5000)
 

@@ -48,12 +48,14 @@ def test_cycles_of_an_instruction_are_the_closed_form(op):
     assert measured == predicted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", [Op.NORM, Op.QUANT, Op.KVQUANT], ids=lambda op: op.name.lower())
 def test_cycles_over_fresh_operands_are_the_closed_form(op):
     predicted, measured = run(op, 8, SHAPES, fresh=True)
     assert measured == predicted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", [Op.NORM, Op.SOFTMAX], ids=lambda op: op.name.lower())
 def test_sixteen_lanes_follow_the_same_closed_form(op):
     predicted, measured = run(op, 16, [(576, 1), (64, 9), (130, 3)], fresh=False)

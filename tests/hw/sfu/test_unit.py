@@ -38,11 +38,12 @@ def test_each_instruction_equals_plain_integers(op):
     check([op], seed=0, lanes=8, stall=0.0, cases=8)
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_mixed_instructions_under_stalls_of_every_port(seed):
     check(list(OPS), seed, lanes=8, stall=0.4, cases=14)
 
 
+@pytest.mark.slow
 def test_twice_the_lanes_give_the_same_bits():
     check(list(OPS), seed=7, lanes=16, stall=0.2, cases=12)
 
@@ -119,7 +120,7 @@ def test_an_illegal_instruction_stops_the_unit_with_its_code_until_reset():
     machine.run(steps(), limit=2000)
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_reset_in_the_middle_of_an_instruction_leaves_nothing_behind(seed):
     rng = random.Random(seed)
     machine = Machine(TINY, seed=seed, stall=0.3)

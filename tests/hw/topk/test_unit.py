@@ -85,7 +85,7 @@ def problems(n, rng, limits):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("stalled", [False, True])
+@pytest.mark.parametrize("stalled", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_equals_golden_on_adversarial_keys(shape, stalled):
     rng = random.Random(f"{shape}{stalled}")
     limits = (LEAST, MOST) if shape["key_bits"] == 16 else (-128, 126)

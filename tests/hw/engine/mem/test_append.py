@@ -132,7 +132,9 @@ def run(config, model, cases, pause=no_pause):
     assert [c.violation for c in (*channels, aux)] == [None] * (len(channels) + 1)
 
 
-@pytest.mark.parametrize("config", [TINY, EIGHT, SMALL], ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "config", [TINY, EIGHT, pytest.param(SMALL, marks=pytest.mark.slow)], ids=lambda c: c.name
+)
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("head_size", [32, 64])
 def test_keys_lie_where_the_layout_says(config, bits, head_size):
@@ -142,7 +144,9 @@ def test_keys_lie_where_the_layout_says(config, bits, head_size):
     run(config, MODELS[0], cases)
 
 
-@pytest.mark.parametrize("config", [TINY, EIGHT, SMALL], ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "config", [TINY, EIGHT, pytest.param(SMALL, marks=pytest.mark.slow)], ids=lambda c: c.name
+)
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("head_size", [32, 64])
 def test_values_change_only_their_bits(config, bits, head_size):
@@ -153,7 +157,7 @@ def test_values_change_only_their_bits(config, bits, head_size):
 
 @pytest.mark.parametrize("model", MODELS[1:], ids=lambda m: m.mode)
 @pytest.mark.parametrize("values", [False, True])
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_any_latency_gives_the_same_bytes(model, values, seed):
     cases = [Case(EIGHT, 4, 64, values, 60 + n, 3, seed=10 * seed + n) for n in range(2)]
     run(EIGHT, model, cases, pauses(seed, 0.3))

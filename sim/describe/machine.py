@@ -21,7 +21,19 @@ PARTS: dict[str, type[Described]] = {
 }
 
 
-class MachineFile(Described):
+class Topology(Described):
+    """How many of each device a machine has, and what may talk to what: the same in the file and in the machine."""
+
+    gpu_count: Count = assumed(1, "machine description")
+    ssd_count: Count = assumed(1, "machine description")
+    csd_count: Count = assumed(1, "machine description")
+    p2p: bool = assumed(True, "machine description")
+    csd_partition: Literal["heads", "sequences"] = assumed(
+        "heads", "InstInfer: heads split evenly over drives"
+    )
+
+
+class MachineFile(Topology):
     """The TOML face of a machine: names of presets, counts and topology."""
 
     kind: ClassVar[str] = "machine"
@@ -33,17 +45,10 @@ class MachineFile(Described):
     drive_uplink: str | None = None
     fpga: str | None = None
     fpga_link: str | None = None
-    gpu_count: Count = assumed(1, "machine description")
-    ssd_count: Count = assumed(1, "machine description")
-    csd_count: Count = assumed(1, "machine description")
-    p2p: bool = assumed(True, "machine description")
-    csd_partition: Literal["heads", "sequences"] = assumed(
-        "heads", "InstInfer: heads split evenly over drives"
-    )
     unsourced: ClassVar[frozenset[str]] = Described.unsourced | PARTS.keys()
 
 
-class Machine(Described):
+class Machine(Topology):
     """A machine with its devices resolved. `drive_uplink` is shared by all drives; None means one link each."""
 
     kind: ClassVar[str] = "machine"
@@ -57,13 +62,6 @@ class Machine(Described):
     drive_uplink: Link | None = None
     fpga: Fpga | None = None
     fpga_link: Link | None = None
-    gpu_count: Count = assumed(1, "machine description")
-    ssd_count: Count = assumed(1, "machine description")
-    csd_count: Count = assumed(1, "machine description")
-    p2p: bool = assumed(True, "machine description")
-    csd_partition: Literal["heads", "sequences"] = assumed(
-        "heads", "InstInfer: heads split evenly over drives"
-    )
 
     def part(self, name: str, scheme: str) -> Any:
         """The device `name`, or ConfigError saying which scheme needs it."""

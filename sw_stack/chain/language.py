@@ -25,6 +25,12 @@ LEVELS = {
 """Level names of the report -> level, weight format and KV format of golden.llama.build."""
 
 
+def check_prompt(prompt: str) -> None:
+    """Raise `KVStrataError` for a prompt without a visible character."""
+    if not prompt.strip():
+        raise KVStrataError("a prompt has at least one character that is not a space, and this one has none")
+
+
 def run(
     directory: Path,
     *,
@@ -42,8 +48,7 @@ def run(
     """
     from golden.llama import build, english_text, generate, load_model, perplexity
 
-    if not prompt.strip():
-        raise KVStrataError("a prompt has at least one character that is not a space, and this one has none")
+    check_prompt(prompt)
     progress("loading the model")
     checkpoint = load_model(model)
     assert checkpoint.tokenizer is not None

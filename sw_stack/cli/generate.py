@@ -36,10 +36,10 @@ def command(
 
     from golden.llama import build, generate, load_model
     from golden.spec import KVStrataError
+    from sw_stack.chain.language import check_prompt
     from sw_stack.cli.output import console, note, show_json
 
-    if not prompt.strip():
-        raise KVStrataError("a prompt has at least one character that is not a space, and this one has none")
+    check_prompt(prompt)
     checkpoint = load_model(model)
     if checkpoint.tokenizer is None:
         raise KVStrataError(f"generating text needs a tokenizer, and {model} holds none")

@@ -78,9 +78,9 @@ class EngineConfig:
         return self.channels * WORD_BYTES
 
 
-TINY = EngineConfig("tiny", 2, 4, 8, 16, 256, 2048, 64, 32)
+TINY = EngineConfig("tiny", 2, 4, 8, 16, 256, 2048, 64, 64)
 """8 lanes, 256 MAC/cycle, 128 byte/cycle: unit tests in seconds."""
-SMALL = EngineConfig("small", 16, 2, 16, 16, 2048, 16384, 64, 64)
+SMALL = EngineConfig("small", 16, 2, 16, 16, 2048, 16384, 64, 128)
 """32 lanes, 1,024 MAC/cycle, 1,024 byte/cycle: W4 is bound by the multipliers, not by memory."""
 U280 = EngineConfig("u280", 32, 8, 16, 16, 8192, 65536, 128, 128)
 """256 lanes, 8,192 MAC/cycle, 2,048 byte/cycle at 225 MHz (32 HBM pseudo-channels, 2:1 width conversion outside)."""

@@ -1,9 +1,7 @@
 """Every block that stands on its own: what `verilog` emits and `synth` measures."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-
-from amaranth.lib import wiring
+from functools import partial
 
 from golden.spec.engine import U280
 from hw.engine import array, lane
@@ -16,13 +14,14 @@ from hw.engine.sfu.retire import GroupWriter
 from hw.engine.sfu.scalars import ScalarUnit
 from hw.engine.sfu.softmax import SoftmaxUnit
 from hw.engine.sfu.walker import Beat, Walker
+from hw.flow.verilog import Recipe
 
 
 @dataclass(frozen=True)
 class Block:
-    """A block's constructor and the device families it is meant for."""
+    """A block's constructor with its arguments and the device families it is meant for."""
 
-    make: Callable[[], wiring.Component]
+    make: Recipe
     families: tuple[str, ...] = ("xcup", "xc7")
 
 
@@ -30,16 +29,16 @@ ENGINE = ("xcup",)
 """The engine is for UltraScale+ alone."""
 
 BLOCKS: dict[str, Block] = {
-    "rce_half_pair": Block(lambda: array.LanePair(array.STEP // 2), ENGINE),
-    "rce_lane": Block(lambda: lane.Lane(U280.tokens), ENGINE),
-    "rce_channel": Block(lambda: ChannelPlanes(U280.lanes_per_channel), ENGINE),
-    "rce_output_scale": Block(ScaleLane, ENGINE),
-    "engine_controller": Block(lambda: Controller(U280), ENGINE),
-    "sfu_lane_pair": Block(LanePair, ENGINE),
-    "sfu_scalars": Block(ScalarUnit, ENGINE),
-    "sfu_softmax": Block(lambda: SoftmaxUnit(U280.vector_lanes), ENGINE),
-    "sfu_walker": Block(lambda: Walker(U280), ENGINE),
-    "sfu_fetch": Block(lambda: Fetch(U280, Beat(U280.vector_lanes)), ENGINE),
-    "sfu_reducer": Block(lambda: Reducer(U280.vector_lanes, Beat(U280.vector_lanes)), ENGINE),
-    "sfu_groups": Block(lambda: GroupWriter(U280.vector_lanes), ENGINE),
+    "rce_half_pair": Block(partial(array.LanePair, array.STEP // 2), ENGINE),
+    "rce_lane": Block(partial(lane.Lane, U280.tokens), ENGINE),
+    "rce_channel": Block(partial(ChannelPlanes, U280.lanes_per_channel), ENGINE),
+    "rce_output_scale": Block(partial(ScaleLane), ENGINE),
+    "engine_controller": Block(partial(Controller, U280), ENGINE),
+    "sfu_lane_pair": Block(partial(LanePair), ENGINE),
+    "sfu_scalars": Block(partial(ScalarUnit), ENGINE),
+    "sfu_softmax": Block(partial(SoftmaxUnit, U280.vector_lanes), ENGINE),
+    "sfu_walker": Block(partial(Walker, U280), ENGINE),
+    "sfu_fetch": Block(partial(Fetch, U280, Beat(U280.vector_lanes)), ENGINE),
+    "sfu_reducer": Block(partial(Reducer, U280.vector_lanes, Beat(U280.vector_lanes)), ENGINE),
+    "sfu_groups": Block(partial(GroupWriter, U280.vector_lanes), ENGINE),
 }

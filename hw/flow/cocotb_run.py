@@ -14,7 +14,7 @@ from cocotb_tools.runner import get_runner
 from golden.spec import KVStrataError
 from hw.flow.cache import build_dir, cached_directory, content_key
 from hw.flow.verilator import environment, waiver_text
-from hw.flow.verilog import Design, emit
+from hw.flow.verilog import Design, Recipe, emit
 
 
 @contextlib.contextmanager
@@ -55,7 +55,7 @@ def build(design: Design) -> Path:
 
 
 def run(
-    component: wiring.Component,
+    component: wiring.Component | Recipe,
     top: str,
     test_module: str,
     *,

@@ -11,7 +11,7 @@ from amaranth.lib import wiring
 from golden.spec import KVStrataError
 from hw.flow.cache import cached_directory, content_key
 from hw.flow.depth import logic_levels
-from hw.flow.verilog import emit
+from hw.flow.verilog import Recipe, emit
 from hw.flow.yosys import load_stat, run_script, run_tool
 
 FAMILIES = {"xcup": "UltraScale+", "xc7": "7-series"}
@@ -54,7 +54,7 @@ class Resources:
 
 
 def resources(
-    component: wiring.Component, top: str, family: str = "xcup", *, flatten: bool = True
+    component: wiring.Component | Recipe, top: str, family: str = "xcup", *, flatten: bool = True
 ) -> Resources:
     """Synthesise `component` for a Xilinx `family` ("xcup" or "xc7") and count primitives; cached by content.
 
@@ -114,7 +114,7 @@ class PlaceAndRoute:
 
 
 def place_and_route_ecp5(
-    component: wiring.Component, top: str, size: str = "85k", seed: int = 1
+    component: wiring.Component | Recipe, top: str, size: str = "85k", seed: int = 1
 ) -> PlaceAndRoute:
     """Place and route `component` on an ECP5 (`size` 25k, 45k or 85k) and return the clock it closes at.
 

@@ -25,6 +25,6 @@ def command(
     ]
     rows = []
     for name, block, kind in track(jobs, "Synthesis"):
-        table = resources(block.make(), name, kind)
+        table = resources(block.make, name, kind)
         rows.append({"block": name, "family": FAMILIES[kind], **asdict(table)})
     show_rows("Resources by block (Yosys)", rows, as_json)

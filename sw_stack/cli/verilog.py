@@ -16,7 +16,7 @@ def command(as_json: Annotated[bool, typer.Option("--json", help="print the list
 
     rows = []
     for name, block in track(BLOCKS.items(), "Verilog"):
-        design = emit(block.make(), name)
+        design = emit(block.make, name)
         path = build_dir() / "verilog-out" / f"{name}.v"
         write_atomically(path, design.text)
         ports = {p: {"direction": d, "width": w, "signed": s} for p, (d, w, s) in design.ports.items()}

@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -117,7 +117,7 @@ def kernel_program(lanes: int) -> Path:
     from hw.storage import kernel
 
     source = Path(kernel.__file__).parent / "harness" / "kernel.cpp"
-    return build_harness(emit(kernel.AttentionKernel(lanes), "kernel"), [source])
+    return build_harness(emit(partial(kernel.AttentionKernel, lanes), "kernel"), [source])
 
 
 def run_beats(

@@ -7,7 +7,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -72,7 +72,7 @@ def core_program(config: EngineConfig) -> Path:
         "VECTOR_LANES": config.vector_lanes,
         "OP_BYTES": _op_bytes(),
     }
-    return build_harness(emit(MatVecCore(config), "MatVecCore"), [root / HARNESS], defines=defines)
+    return build_harness(emit(partial(MatVecCore, config), "MatVecCore"), [root / HARNESS], defines=defines)
 
 
 def _op_bytes() -> int:

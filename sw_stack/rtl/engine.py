@@ -6,7 +6,7 @@ import json
 import subprocess
 import tempfile
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +44,7 @@ def engine_program(config: EngineConfig) -> Path:
 
     here = Path(hw.engine.__file__).parent
     return build_harness(
-        emit(Engine(config), "engine"),
+        emit(partial(Engine, config), "engine"),
         [here / "engine_harness.cpp"],
         include_dirs=[here / "mem"],
         defines={"KV_CHANNELS": config.channels, "COUNTERS": len(Counter)},

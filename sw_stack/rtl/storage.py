@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -165,7 +165,8 @@ def unit_program(config: UnitConfig) -> Path:
     if config.channels not in (1, 2, 4, 8):
         raise KVStrataError(f"the simulation has 1, 2, 4 or 8 flash channels, not {config.channels}")
     here = Path(unit.__file__).parent
-    design = emit(unit.AttentionUnit(config.channels, config.lanes, max_tokens=config.max_tokens), "unit")
+    recipe = partial(unit.AttentionUnit, config.channels, config.lanes, max_tokens=config.max_tokens)
+    design = emit(recipe, "unit")
     return build_harness(
         design, [here / "harness" / "unit.cpp"], include_dirs=[here], defines={"PORTS": config.channels + 1}
     )

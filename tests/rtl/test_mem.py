@@ -1,5 +1,7 @@
 """Memory masters as Verilog under Verilator, against the HBM model and a third-party AXI model."""
 
+from functools import partial
+
 import pytest
 
 from golden.spec.memory import MemoryModel
@@ -13,11 +15,11 @@ pytestmark = pytest.mark.rtl
 
 
 def test_striped_reader():
-    assert cocotb_run.run(striped_reader(), "striped_reader", "tests.rtl.mem_reader_bench") > 20
+    assert cocotb_run.run(partial(striped_reader), "striped_reader", "tests.rtl.mem_reader_bench") > 20
 
 
 def test_read_and_write_path():
-    assert cocotb_run.run(Copier(), "copier", "tests.rtl.mem_copier_bench") > 20
+    assert cocotb_run.run(partial(Copier), "copier", "tests.rtl.mem_copier_bench") > 20
 
 
 @pytest.mark.parametrize("idle_percent", [0, 30])

@@ -1,5 +1,7 @@
 """The vector unit as Verilog under Verilator, against plain integers."""
 
+from functools import partial
+
 import pytest
 
 from golden.spec.engine import SMALL, TINY
@@ -10,10 +12,13 @@ pytestmark = pytest.mark.rtl
 
 
 def test_vector_unit_of_eight_lanes():
-    assert cocotb_run.run(VectorUnit(TINY), "vector_unit", "tests.rtl.sfu_bench") == 9
+    assert cocotb_run.run(partial(VectorUnit, TINY), "vector_unit", "tests.rtl.sfu_bench") == 9
 
 
 @pytest.mark.slow
 def test_vector_unit_of_sixteen_lanes_at_length():
     settings = {"SFU_CONFIG": "small", "SFU_CASES": "300"}
-    assert cocotb_run.run(VectorUnit(SMALL), "vector_unit", "tests.rtl.sfu_bench", extra_env=settings) == 9
+    assert (
+        cocotb_run.run(partial(VectorUnit, SMALL), "vector_unit", "tests.rtl.sfu_bench", extra_env=settings)
+        == 9
+    )

@@ -1,5 +1,7 @@
 """The default top-k unit as Verilog under Verilator."""
 
+from functools import partial
+
 import pytest
 
 from hw.flow import cocotb_run
@@ -10,11 +12,11 @@ BENCH = "tests.rtl.topk_unit_bench"
 
 
 def test_scores_of_every_kind():
-    assert cocotb_run.run(TopK(), "topk", BENCH, extra_env={"TOPK_SIZES": "1 17 600"}) == 4
+    assert cocotb_run.run(partial(TopK), "topk", BENCH, extra_env={"TOPK_SIZES": "1 17 600"}) == 4
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_scores_of_every_kind_up_to_32k(seed):
     env = {"TOPK_SIZES": "4 333 4096 32767 32768", "TOPK_SEED": str(seed)}
-    assert cocotb_run.run(TopK(), "topk", BENCH, extra_env=env) == 4
+    assert cocotb_run.run(partial(TopK), "topk", BENCH, extra_env=env) == 4

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from golden.spec import KVStrataError
@@ -30,7 +31,7 @@ def stream(
 
     Raises KVStrataError with the harness's sentence for a wrong beat, an AXI violation or a hang.
     """
-    reader = StripedReader(channels, addr_bits=CHANNEL_ADDR_BITS, data_bits=512, fifo_beats=fifo_beats)
+    reader = partial(StripedReader, channels, addr_bits=CHANNEL_ADDR_BITS, data_bits=512, fifo_beats=fifo_beats)
     design = emit(reader, "striped_reader")
     program = build_harness(
         design, [HARNESS], include_dirs=[HARNESS.parent], defines={"KV_CHANNELS": channels}

@@ -1,6 +1,7 @@
 """The build layer: conversion, Verilation, cocotb, synthesis and proofs, and how each of them refuses."""
 
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,19 @@ def test_verilog_depends_on_the_design_alone():
     assert first.key != emit(Counter(8), "counter").key
     assert str(cache.ROOT) not in first.text
     assert first.ports == {"en": ("i", 1, False), "o": ("o", 4, False)}
+
+
+def test_a_recipe_is_named_by_its_arguments_and_built_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("KVSTRATA_BUILD", str(tmp_path))
+    assert emit(partial(Counter, 8), "counter") == emit(Counter(8), "counter")
+    assert emit(partial(Counter, 8), "counter").key != emit(partial(Counter, limit=5), "counter").key
+    monkeypatch.setattr(Counter, "__init__", None)
+    assert emit(partial(Counter, 8), "counter").ports["o"] == ("o", 4, False)
+
+
+def test_a_recipe_of_unnameable_arguments_is_refused():
+    with pytest.raises(ValueError, match="arguments must be values with a telling repr, got .*object at 0x"):
+        emit(partial(Counter, object()), "counter")
 
 
 @pytest.mark.rtl

@@ -21,17 +21,20 @@ STEPS = (1, 2, 15, 16, 17, 31, 33, 64, 100, 128, 250, 256, 257, 400, 512, 600, 6
 def layer():
     """q [Hkv, G, T, dh], k and v [Hkv, T, dh] as float16."""
     checkpoint = load_model()
-    decoder, taken = FloatDecoder(checkpoint), {}
+    decoder, queries, taken = FloatDecoder(checkpoint), [], {}
 
     def probe(number, operator, operands):
         if number == LAYER and operator == "attention":
             heads = operands["heads"]
-            taken.update(q=heads.q, k=heads.k, v=heads.v)
+            queries.append(heads.q)  # a prompt goes through in pieces; k and v are those of all tokens so far
+            taken.update(k=heads.k, v=heads.v)
 
     decoder.probe = probe
     ids = checkpoint.tokenizer.encode(english_text().text)[:CONTEXT]
     with torch.no_grad():
         decoder.forward(torch.tensor(ids), decoder.new_cache(), last_only=True)
+    taken["q"] = torch.cat(queries, 2)
+    assert taken["q"].shape[2] == taken["k"].shape[1] == CONTEXT
     return {name: x.half().numpy() for name, x in taken.items()}
 
 

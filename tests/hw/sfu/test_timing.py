@@ -20,9 +20,10 @@ def legal(op: Op, count: int, lanes: int) -> int:
     return count & ~1
 
 
-def run(op: Op, lanes: int, shapes, fresh: bool) -> tuple[list, list]:
+def run(wanted: list[tuple[Op, list]], lanes: int, fresh: bool) -> tuple[list, list]:
+    """Predicted and measured cycles of every operation over its shapes, one after the other on one machine."""
     machine, ops, predicted = Machine(CONFIGS[lanes]), [], []
-    for count, vectors in shapes:
+    for op, count, vectors in ((op, *shape) for op, shapes in wanted for shape in shapes):
         count = legal(op, count, lanes)
         fields = {
             "count": count,
@@ -41,24 +42,23 @@ def run(op: Op, lanes: int, shapes, fresh: bool) -> tuple[list, list]:
     return predicted, [(*p[:4], got) for p, got in zip(predicted, machine.cycles)]
 
 
-@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name.lower())
-def test_cycles_of_an_instruction_are_the_closed_form(op):
+def test_cycles_of_every_instruction_are_the_closed_form():
     # GATE and ADD take ROPE's way through the unit.
-    predicted, measured = run(op, 8, SHAPES[:3] if op in (Op.GATE, Op.ADD) else SHAPES, fresh=False)
+    wanted = [(op, SHAPES[:3] if op in (Op.GATE, Op.ADD) else SHAPES) for op in OPS]
+    predicted, measured = run(wanted, 8, fresh=False)
     assert measured == predicted
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("op", [Op.NORM, Op.QUANT, Op.KVQUANT], ids=lambda op: op.name.lower())
-def test_cycles_over_fresh_operands_are_the_closed_form(op):
-    predicted, measured = run(op, 8, SHAPES, fresh=True)
+def test_cycles_over_fresh_operands_are_the_closed_form():
+    predicted, measured = run([(op, SHAPES) for op in (Op.NORM, Op.QUANT, Op.KVQUANT)], 8, fresh=True)
     assert measured == predicted
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("op", [Op.NORM, Op.SOFTMAX], ids=lambda op: op.name.lower())
-def test_sixteen_lanes_follow_the_same_closed_form(op):
-    predicted, measured = run(op, 16, [(576, 1), (64, 9), (130, 3)], fresh=False)
+def test_sixteen_lanes_follow_the_same_closed_form():
+    shapes = [(576, 1), (64, 9), (130, 3)]
+    predicted, measured = run([(Op.NORM, shapes), (Op.SOFTMAX, shapes)], 16, fresh=False)
     assert measured == predicted
 
 

@@ -39,6 +39,7 @@ class Controller(wiring.Component):
     interrupt and accept another start, which resets counters and units (`reset`).
 
     `events`: one bit per counter of `EVENTS`; `active`: any progress outside the queues, for the watchdog.
+    `started`, `finished`: bit u is high in the cycle in which unit u takes an operation, or ends its oldest: a profile.
     """
 
     def __init__(self, config: EngineConfig):
@@ -54,6 +55,8 @@ class Controller(wiring.Component):
                 "quiet": In(1),
                 "events": In(len(EVENTS)),
                 "active": In(1),
+                "started": Out(UNITS),
+                "finished": Out(UNITS),
             }
         )
 
@@ -76,6 +79,10 @@ class Controller(wiring.Component):
             connect(m, queue.unit, wiring.flipped(getattr(self, name)))
             connect(m, queue.wait, tokens.wait[unit])
             connect(m, queue.release, tokens.release[unit])
+            m.d.comb += [
+                self.started[unit].eq(queue.unit.op.valid & queue.unit.op.ready),
+                self.finished[unit].eq(queue.unit.done),
+            ]
         state, run = self._registers(m, dispatch, fetcher, queues)
         self._run(m, state, run, fetcher, dispatch, queues)
         return m

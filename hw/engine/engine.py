@@ -4,7 +4,7 @@ from amaranth import Cat, Module, ResetInserter, Signal, Value
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
-from golden.spec.engine import WORD_BITS, EngineConfig
+from golden.spec.engine import UNITS, WORD_BITS, EngineConfig
 from hw.engine.controller import Controller, host_port
 from hw.engine.matrix import MatrixUnit
 from hw.engine.mem.append import AppendUnit
@@ -20,7 +20,8 @@ from hw.lib.streams import connect
 class Engine(wiring.Component):
     """`axi[c]`, `axi_write[c]`: the weight channels; `aux`, `aux_write`: auxiliary memory; `host`: the registers.
 
-    One 512-bit AXI4 port each, addresses from zero. docs/engine.md is the reference.
+    One 512-bit AXI4 port each, addresses from zero. docs/engine.md is the reference. `started`, `finished`: the
+    controller's, for a profile; leave them open on a board.
     """
 
     def __init__(self, config: EngineConfig):
@@ -33,6 +34,8 @@ class Engine(wiring.Component):
                 "axi_write": Out(axi_write(ADDR_BITS, WORD_BITS)).array(config.channels),
                 "aux": Out(axi_read(ADDR_BITS, WORD_BITS)),
                 "aux_write": Out(axi_write(ADDR_BITS, WORD_BITS)),
+                "started": Out(UNITS),
+                "finished": Out(UNITS),
             }
         )
 
@@ -51,7 +54,11 @@ class Engine(wiring.Component):
         )
         m.submodules.buffer = buffer
         connect(m, wiring.flipped(self.host), controller.host)
-        m.d.comb += self.interrupt.eq(controller.interrupt)
+        m.d.comb += [
+            self.interrupt.eq(controller.interrupt),
+            self.started.eq(controller.started),
+            self.finished.eq(controller.finished),
+        ]
         self._units(m, controller, matrix, vector, dma, append, load)
         for reader, port in (("drain", matrix.old), ("a", vector.a), ("b", vector.b), ("dma", dma.vb_read)):
             connect(m, port, getattr(buffer, reader))

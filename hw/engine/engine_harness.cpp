@@ -11,12 +11,18 @@
 //   set <register> <value>        write a host register
 //   get <register>                read a host register
 //   run <program word> <cycles>   start and wait for the interrupt, at most so many cycles
+//   profile <path>                from now on, write what units start and finish in each run: records of 32 bits,
+//                                 cycle, units that took an operation, units that ended one; no path ends it
+//   wave <first> <last> <path>    write an FST waveform of cycles [first, last) of the next run (builds with WAVES)
 //   abort <program word> <cycle>  start, abort in that cycle, wait for the interrupt
 //   reset                         pulse the reset for a few cycles, in the middle of whatever goes on
 #include "Vengine.h"
 #include "hbm_model.h"
 #include "hbm_pins.h"
 #include "verilated.h"
+#ifdef WAVES
+#include "verilated_fst_c.h"
+#endif
 
 #include <cstdio>
 #include <fstream>
@@ -45,6 +51,9 @@ struct Bus {
 class Machine {
 public:
     explicit Machine(const std::string& text) : config_(text), top_(std::make_unique<Vengine>(&context_)) {
+#ifdef WAVES
+        context_.traceEverOn(true);
+#endif
         for (uint32_t n = 0; n < KV_CHANNELS; n++) bus_.push_back(std::make_unique<Bus>(config_, kChannelBytes, n));
         aux_ = std::make_unique<Bus>(config_, kAuxBytes, KV_CHANNELS);
         reset();
@@ -71,13 +80,28 @@ public:
     // Cycles of the simulation until the interrupt, or `limit`.
     uint64_t run(uint32_t program, uint64_t limit, uint64_t abort_at) {
         set(kControl, 4), set(kProgram, program), set(kControl, 1);
-        const uint64_t start = cycle_;
+        const uint64_t start = start_ = cycle_;
+        events.clear();
         while (cycle_ - start < limit) {
             if (cycle_ - start == abort_at) set(kControl, 2);
             tick();
             if (top_->__SYM__interrupt) break;
         }
+        end_wave();
         return cycle_ - start;
+    }
+    // Units' starts and ends of the last run; the first cycle in which instructions may flow is 0.
+    std::vector<uint32_t> events;
+    bool profiling = false;
+    void wave(uint64_t first, uint64_t last, const std::string& path) {
+#ifdef WAVES
+        first_ = first, last_ = last, wave_ = std::make_unique<VerilatedFstC>();
+        top_->trace(wave_.get(), 99);
+        wave_->open(path.c_str());
+#else
+        (void)first, (void)last;
+        throw std::runtime_error("this build writes no waveform " + path);
+#endif
     }
     bool interrupted() const { return top_->__SYM__interrupt; }
     std::string violation() const {
@@ -108,6 +132,9 @@ private:
         KV_DRIVE_WRITE(t, aux_write, aux_->write);
         t.clk = 0;
         t.eval();
+        if (profiling && (t.started | t.finished))
+            events.insert(events.end(), {uint32_t(cycle_ - start_ - 1), t.started, t.finished});
+        dump(0);
         if (!t.rst) {
 #define CLOCK(n)                                                   \
     KV_CLOCK_READ(t, axi___05F##n, bus_[n]->read, cycle_);         \
@@ -120,15 +147,29 @@ private:
         }
         t.clk = 1;
         t.eval();
+        dump(1);
         cycle_++;
     }
+#ifdef WAVES
+    void dump(int half) {
+        if (wave_ && cycle_ - start_ - 1 >= first_ && cycle_ - start_ - 1 < last_) wave_->dump(2 * cycle_ + half);
+    }
+    void end_wave() {
+        if (wave_) wave_->close(), wave_.reset();
+    }
+    std::unique_ptr<VerilatedFstC> wave_;
+    uint64_t first_ = 0, last_ = 0;
+#else
+    void dump(int) {}
+    void end_wave() {}
+#endif
 
     Config config_;
     VerilatedContext context_;
     std::unique_ptr<Vengine> top_;
     std::vector<std::unique_ptr<Bus>> bus_;
     std::unique_ptr<Bus> aux_;
-    uint64_t cycle_ = 0;
+    uint64_t cycle_ = 0, start_ = 0;
 };
 
 void copy_out(Memory& memory, uint64_t at, uint64_t size, const std::string& path) {
@@ -147,7 +188,14 @@ void copy_in(Memory& memory, uint64_t at, const std::string& path) {
     in.read(reinterpret_cast<char*>(memory.at(at)), static_cast<std::streamsize>(size));
 }
 
+std::string profile_path;
+
 std::string report(Machine& m, uint64_t waited) {
+    if (m.profiling) {
+        std::ofstream out(profile_path, std::ios::binary);
+        out.write(reinterpret_cast<const char*>(m.events.data()), std::streamsize(4 * m.events.size()));
+        if (!out) throw std::runtime_error("cannot write " + profile_path);
+    }
     std::ostringstream out;
     out << "{\"interrupt\": " << (m.interrupted() ? "true" : "false") << ", \"state\": " << (m.get(kStatus) & 15)
         << ", \"error\": " << m.get(kError) << ", \"error_pc\": " << m.get(kErrorPc) << ", \"cycles\": " << m.get(kCycles)
@@ -171,6 +219,8 @@ std::string obey(Machine& m, std::istringstream& in) {
     if (verb == "get" && in >> a) return std::to_string(m.get(a));
     if (verb == "run" && in >> a >> b) return report(m, m.run(a, b, ~0ULL));
     if (verb == "abort" && in >> a >> b) return report(m, m.run(a, b + 1000000, b));
+    if (verb == "profile") return m.profiling = bool(in >> profile_path), "{}";
+    if (verb == "wave" && in >> a >> b >> path) return m.wave(a, b, path), "{}";
     if (verb == "reset") return m.reset(), "{}";
     throw std::runtime_error("unknown or incomplete command: " + verb);
 }

@@ -26,6 +26,7 @@ class Gpu(Described):
     tdp_w: Positive
     idle_w: NonNegative
     price_usd: Positive
+    peer_gb_per_s: NonNegative = assumed(0.0, "no GPU links: peers meet on the host's PCIe")
     bandwidth_share: Share = assumed(0.85, "SIM-GPU-BW")
     tensor_share: Share = assumed(0.78, "SIM-GPU-TENSOR")
     kernel_floor_us: NonNegative = assumed(7.0, "SIM-GPU-FLOOR")

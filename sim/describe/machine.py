@@ -28,6 +28,7 @@ class Topology(Described):
     ssd_count: Count = assumed(1, "machine description")
     csd_count: Count = assumed(1, "machine description")
     p2p: bool = assumed(True, "machine description")
+    gpu_parallel: Literal["tensor", "layers"] = assumed("tensor", "machine description")
     csd_partition: Literal["heads", "sequences"] = assumed(
         "heads", "InstInfer: heads split evenly over drives"
     )
@@ -105,7 +106,7 @@ def _resolve(file: MachineFile) -> Machine:
     for drive in ("ssd", "csd"):
         if drive in parts:
             parts[f"{drive}_link"] = load(Link, parts[drive].link)
-    counts = {n: getattr(file, n) for n in ("gpu_count", "ssd_count", "csd_count", "p2p", "csd_partition")}
+    counts = {n: getattr(file, n) for n in Topology.model_fields if n not in Described.model_fields}
     described = {"name": file.name, "description": file.description, "source": file.source}
     return build(Machine, {**described, **parts, **counts}, f"machine {file.name}")
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
+
+from pydantic import Field
 
 from sim.describe.base import Count, Described, Positive, Share, assumed
+
+Percent = Annotated[float | None, Field(ge=0, le=100)]
+"""Of what FlexGen places; the disk holds what GPU and host leave."""
 
 
 class Workload(Described):
@@ -37,8 +42,14 @@ class Tuning(Described):
     recompute_quantum_tokens: Count = assumed(1024, "SIM-RECOMPUTE")
     host_weight_copies: Positive = assumed(2.0, "SIM-HOST-COPIES")
     cpu_attention: bool = assumed(False, "set by the user")
+    cpu_attention_gflops: Positive | None = assumed(None, "the host's peak: attention streams at DRAM speed")
     gpu_batches: Count = assumed(1, "set by the user")
-    weights_gpu_percent: float | None = assumed(None, "as much as fits", ge=0, le=100)
-    kv_gpu_percent: float | None = assumed(None, "as much as fits", ge=0, le=100)
+    weights_gpu_percent: Percent = assumed(None, "as much as fits")
+    weights_host_percent: Percent = assumed(None, "as much as fits")
+    kv_gpu_percent: Percent = assumed(None, "as much as fits")
+    kv_host_percent: Percent = assumed(None, "the scheme's tier")
+    activations_gpu_percent: Percent = assumed(None, "all")
+    activations_host_percent: Percent = assumed(None, "the rest")
+    disk_copy_threads: Count = assumed(1, "SIM-COPY-THREADS")
     cufile_us_per_io: Positive = assumed(45.0, "SIM-GDS")
     page_cache_us_per_io: Positive = assumed(25.0, "SIM-PAGE-CACHE")

@@ -40,12 +40,14 @@ def write_bandwidth(ssd: Ssd, link: Link, count: int = 1) -> Bandwidth:
     return Bandwidth(f"{ssd.name} write x{count}", {k: v * count for k, v in limits.items()})
 
 
-def file_read_bandwidth(ssd: Ssd, link: Link, page_cache_us: float, count: int = 1) -> Bandwidth:
-    """Read rate through a memory-mapped file: one read-ahead window at a time, whatever the drives could do.
+def file_read_bandwidth(
+    ssd: Ssd, link: Link, page_cache_us: float, count: int = 1, threads: int = 1
+) -> Bandwidth:
+    """Read rate through a memory-mapped file: one read-ahead window at a time and thread, whatever drives could do.
 
-    `page_cache_us` is the kernel and copy time per window, during which no further read is outstanding.
+    `page_cache_us` is the kernel and copy time per window, during which the thread has no further read outstanding.
     """
     window_us = io_latency_us(ssd, link) + page_cache_us
     drives = read_bandwidth(ssd, link, count=count)
-    mapped = {"memory-mapped file": ssd.io_kib * 1024 / (window_us * 1e3)}
+    mapped = {"memory-mapped file": threads * ssd.io_kib * 1024 / (window_us * 1e3)}
     return Bandwidth(f"{ssd.name} file read x{count}", {**drives.limits, **mapped})

@@ -31,14 +31,14 @@ class Kernel:
     bound: str
 
 
-def gemm(gpu: Gpu, m: float, k: int, n: float) -> Kernel:
+def gemm(gpu: Gpu, m: float, k: float, n: float) -> Kernel:
     """y[M, N] = x[M, K] w[K, N] in fp16 with fp32 accumulation."""
     size = FP16_BYTES * (m * k + k * n + m * n)
     memory = size / (gpu.hbm_gb_per_s * 1e9 * gpu.bandwidth_share)
     return _combine(gpu, memory, min(_waves_s(gpu, m, k, n, t, s) for t in TILES for s in SPLITS))
 
 
-def _waves_s(gpu: Gpu, m: float, k: int, n: float, tile: tuple[int, int], split: int) -> float:
+def _waves_s(gpu: Gpu, m: float, k: float, n: float, tile: tuple[int, int], split: int) -> float:
     """Whole waves of tiles over the SMs; a split of K adds a pass over fp32 partial sums."""
     rows, cols = tile
     waves = math.ceil(math.ceil(m / rows) * math.ceil(n / cols) * split / gpu.sm_count)

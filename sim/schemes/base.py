@@ -21,6 +21,8 @@ from sim.devices.limits import Bandwidth
 from sim.result import Residency
 
 GB = 1e9
+PEER_HOP_US = 3.0
+"""One step of a ring between GPUs: kernel and link latency (SIM-GPU-PEERS)."""
 
 
 class Scheme(ABC):
@@ -139,6 +141,34 @@ class GpuScheme(Scheme):
         return self.machine.part("gpu", self.name)
 
     @property
+    def ways(self) -> int:
+        """GPUs that share every layer (tensor parallel); 1 where layers lie on one GPU after the other."""
+        return self.machine.gpu_count if self.machine.gpu_parallel == "tensor" else 1
+
+    def place(self) -> None:
+        if self.model.heads % self.ways:
+            fits = max(n for n in range(1, self.ways) if self.model.heads % n == 0)
+            raise ConfigError(
+                f"scheme {self.name}: {self.model.heads} heads of {self.model.name} do not divide over {self.ways} "
+                f'GPUs; {fits} would, or gpu_parallel = "layers"'
+            )
+        super().place()
+
+    def connect_gpu(self, staged: bool = True) -> None:
+        """Pipes of the GPUs' host links (every GPU has its own) and of the exchange between GPUs."""
+        links = link_bandwidth("host links", self.machine.gpu_link).limits if staged else {}
+        for way in ("pcie to gpu", "pcie from gpu") if staged else ():
+            self._pipe(way, Bandwidth(way, {k: v * self.ways for k, v in links.items()}))
+        if self.ways > 1:
+            self._pipe("gpu peers", self._peer_bandwidth())
+
+    def _peer_bandwidth(self) -> Bandwidth:
+        """Of one GPU towards its peers, per direction: their own links where they have some, else the host's."""
+        if self.gpu.peer_gb_per_s:
+            return Bandwidth("gpu peers", {"GPU links": self.gpu.peer_gb_per_s})
+        return link_bandwidth("gpu peers", self.machine.part("gpu_link", self.name))
+
+    @property
     def gpu_capacity_gb(self) -> float:
         """Memory of all GPUs that a scheme may use."""
         return self.machine.gpu_count * (self.gpu.memory_gb - self.gpu.reserved_gb)
@@ -146,30 +176,32 @@ class GpuScheme(Scheme):
     def workspace_bytes(self, batch: int, tokens: int) -> float:
         """Activations alive at once in a prefill layer of `batch` sequences of `tokens`."""
         m = self.model
-        wide = max(m.ffn * (2 if m.gated else 1), m.hidden + 2 * m.kv_heads * m.head_size)
-        activations = batch * tokens * (2 * m.hidden + wide) * FP16_BYTES
-        scores = 2 * batch * m.heads * tokens * tokens * FP16_BYTES if self.eager_scores else 0
-        return float(activations + scores)
+        # The FFN's hidden layer and what attention holds are not alive together.
+        qkv = (m.heads + 2 * m.kv_heads) * m.head_size
+        scores = 2 * m.heads * tokens if self.eager_scores else 0
+        wide = max(m.ffn * (2 if m.gated else 1), qkv + scores)
+        return float(batch * tokens * (2 * m.hidden + wide) * FP16_BYTES)
 
     def layer_kernels(self, tokens: int) -> tuple[tuple[float, str], tuple[float, str]]:
         """(seconds, category) of the kernels before attention (norm, qkv) and after it (o, norm, FFN)."""
-        m, gpu = self.model, self.gpu
-        qkv = (m.heads + 2 * m.kv_heads) * m.head_size
+        m, gpu, ways = self.model, self.gpu, self.ways
+        qkv = (m.heads + 2 * m.kv_heads) * m.head_size / ways
         active = m.active_ffn_weights(tokens) / m.ffn_weights
         routed = tokens * m.experts_per_token / active
-        up = m.ffn * (2 if m.gated else 1)
+        wide = m.ffn / ways
+        up = wide * (2 if m.gated else 1)
         norm = kernels.elementwise(gpu, 3 * tokens * m.hidden * FP16_BYTES)
         before = [norm, kernels.gemm(gpu, tokens, m.hidden, qkv)]
-        after = [norm, kernels.gemm(gpu, tokens, m.heads * m.head_size, m.hidden)]
-        ffn = [kernels.gemm(gpu, routed, m.hidden, up), kernels.gemm(gpu, routed, m.ffn, m.hidden)]
-        ffn.append(kernels.elementwise(gpu, routed * (up + m.ffn) * FP16_BYTES))
+        after = [norm, kernels.gemm(gpu, tokens, m.heads * m.head_size / ways, m.hidden)]
+        ffn = [kernels.gemm(gpu, routed, m.hidden, up), kernels.gemm(gpu, routed, wide, m.hidden)]
+        ffn.append(kernels.elementwise(gpu, routed * (up + wide) * FP16_BYTES))
         rest = _total(after)[0] + active * _total(ffn)[0]
         return _total(before), (rest, _total(ffn)[1])
 
     def head_kernel(self) -> tuple[float, str]:
         """(seconds, category) of the final norm and the LM head for one token of each sequence."""
         m = self.model
-        return _total([kernels.gemm(self.gpu, self.workload.batch, m.hidden, m.vocabulary)])
+        return _total([kernels.gemm(self.gpu, self.workload.batch, m.hidden, m.vocabulary / self.ways)])
 
     def attention_decode_s(self, context: float) -> float:
         """Seconds of one layer's attention on the GPU for the whole batch."""
@@ -177,15 +209,31 @@ class GpuScheme(Scheme):
 
     def attention_of(self, batch: int, context: float) -> float:
         """Seconds of one layer's attention on the GPU for `batch` sequences."""
-        m = self.model
-        return kernels.attention_decode(
-            self.gpu, batch, context + 1, m.heads, m.kv_heads, m.head_size
-        ).seconds
+        m, heads = self.model, self.model.heads // self.ways
+        kv_heads = max(1, m.kv_heads // self.ways)
+        return kernels.attention_decode(self.gpu, batch, context + 1, heads, kv_heads, m.head_size).seconds
 
     def attention_prefill_of(self, batch: int, tokens: int) -> float:
         """Seconds of one layer's prefill attention on the GPU."""
         m = self.model
-        return kernels.attention_prefill(self.gpu, batch, tokens, 0, m.heads, m.head_size).seconds
+        return kernels.attention_prefill(
+            self.gpu, batch, tokens, 0, m.heads // self.ways, m.head_size
+        ).seconds
+
+    def close_layer(
+        self, graph: Graph, after: tuple[float, str], ready: Iterable[int], tokens: float | None = None
+    ) -> int:
+        """Output projection and FFN of `tokens` tokens (default: one per sequence); GPUs that share the layer add up
+        their partial sums behind each of the two (ring all-reduce). Returns the layer's last task."""
+        seconds, category = after
+        done = graph.work("o, ffn", category, "gpu", seconds, ready)
+        if self.ways == 1:
+            return done
+        size = 2 * (self.workload.batch if tokens is None else tokens) * self.model.hidden * FP16_BYTES
+        ring = 2 * (self.ways - 1)
+        hops = 2 * ring * PEER_HOP_US * 1e-6
+        moved = size * ring / self.ways
+        return graph.move("all-reduce", "transfer", ("gpu peers",), moved, [done], latency_s=hops)
 
     def framework(self, graph: Graph, after: Iterable[int]) -> int:
         """Time the framework's thread spends per layer; kernels of the layer wait for it."""
@@ -204,7 +252,7 @@ class GpuScheme(Scheme):
             qkv = graph.work("qkv", before[1], "gpu", before[0], ready)
             scored = graph.work("attention", "compute", "gpu", attention, [qkv])
             self.store_prefill(graph, qkv)
-            done.append(graph.work("o, ffn", after[1], "gpu", after[0], [scored]))
+            done.append(self.close_layer(graph, after, [scored], w.batch * w.input_tokens))
         graph.layer = SETUP
         self.finish(graph, done)
         return done

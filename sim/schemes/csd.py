@@ -20,7 +20,7 @@ from sim.devices.flash import first_page_us, read_limits, scattered_limits
 from sim.devices.flash_pages import scattered, stream
 from sim.devices.limits import Bandwidth
 from sim.result import Residency
-from sim.schemes.base import GB, GpuScheme, link_bandwidth
+from sim.schemes.base import GB, GpuScheme
 
 SELECTION_PAGES = 40_000
 """Pages that drawing small selections repeatedly may cost at page fidelity."""
@@ -91,8 +91,7 @@ class CsdDense(GpuScheme):
         drives = {"drive links": link.payload_gb_per_s * count}
         if machine.drive_uplink:
             drives["drive uplink"] = machine.drive_uplink.payload_gb_per_s
-        for way in ("pcie to gpu", "pcie from gpu"):
-            self._pipe(way, link_bandwidth(way, machine.gpu_link))
+        self.connect_gpu()
         self._pipe("to drives", Bandwidth("to drives", drives))
         self._pipe("from drives", Bandwidth("from drives", drives))
         self._pipe("csd flash", self.flash_bandwidth())
@@ -151,7 +150,7 @@ class CsdDense(GpuScheme):
             back = graph.move("outputs", "transfer", ("from drives", "pcie to gpu"), out_bytes, attended)
             new_kv = w.batch * m.kv_bytes_per_token_layer * self.stored_copies
             graph.move("append kv", "kv access", ("csd program",), new_kv, [sent])
-            done.append(graph.work("o, ffn", after[1], "gpu", after[0], [back]))
+            done.append(self.close_layer(graph, after, [back]))
         graph.layer = SETUP
         self.finish(graph, done)
 

@@ -26,7 +26,7 @@ class GpuResident(GpuScheme):
         return [Residency(tier="GPU memory", used_gb=used / GB, capacity_gb=self.gpu_capacity_gb)]
 
     def connect(self) -> None:
-        pass
+        self.connect_gpu(staged=False)
 
     def prefill(self, graph: Graph, layers: int) -> None:
         self.prefill_layers(graph, layers)
@@ -42,7 +42,7 @@ class GpuResident(GpuScheme):
             dispatched.append(self.framework(graph, dispatched[-1:]))
             qkv = graph.work("qkv", before[1], "gpu", before[0], [dispatched[-1], *done[-1:]])
             scored = graph.work("attention", "kv access", "gpu", attention, [qkv])
-            done.append(graph.work("o, ffn", after[1], "gpu", after[0], [scored]))
+            done.append(self.close_layer(graph, after, [scored]))
         graph.layer = SETUP
         self.finish(graph, done)
 
@@ -83,7 +83,8 @@ class GpuRecompute(GpuResident):
             ready = [dispatched[-1], *done[-1:]]
             linear = graph.work("linear layers", before[1], "gpu", rounds * (before[0] + after[0]), ready)
             scored = graph.work("attention", "kv access", "gpu", attention, [linear])
-            done.append(graph.work("recompute", "recompute", "gpu", recompute, [scored]))
+            redone = graph.work("recompute", "recompute", "gpu", recompute, [scored])
+            done.append(self.close_layer(graph, (0.0, "transfer"), [redone], batch + resumed * context))
         graph.layer = SETUP
         self.finish(graph, done)
 

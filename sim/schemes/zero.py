@@ -10,7 +10,7 @@ from sim.describe.model import FP16_BYTES
 from sim.devices.drive import io_latency_us, write_bandwidth
 from sim.devices.limits import Bandwidth
 from sim.result import Residency
-from sim.schemes.base import GB, GpuScheme, link_bandwidth
+from sim.schemes.base import GB, GpuScheme
 
 STORE_PATH = ("pcie from gpu", "pageable copy", "host dram")
 
@@ -62,8 +62,7 @@ class ZeroInference(GpuScheme):
 
     def connect(self) -> None:
         host = self.host
-        for way in ("pcie to gpu", "pcie from gpu"):
-            self._pipe(way, link_bandwidth(way, self.machine.gpu_link))
+        self.connect_gpu()
         streaming = {"dram streaming": host.dram_gb_per_s * host.stream_share}
         self._pipe("host dram", Bandwidth("host dram", streaming))
         staging = {"staging by one thread": host.pageable_copy_gb_per_s}
@@ -102,7 +101,7 @@ class ZeroInference(GpuScheme):
             scored = graph.work("attention", "compute", "gpu", attention, [qkv, fetched])
             # The cache is concatenated, so the whole of it is a new tensor that goes back to the host.
             stored = graph.move("store kv", "kv access", STORE_PATH, kv + new_kv, [scored])
-            done.append(graph.work("o, ffn", after[1], "gpu", after[0], [scored, stored]))
+            done.append(self.close_layer(graph, after, [scored, stored]))
         graph.layer = SETUP
         self.finish(graph, done)
 

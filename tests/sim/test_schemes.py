@@ -282,3 +282,70 @@ def test_perfetto_events_are_complete_and_inside_their_tracks(calibration):
 def test_the_same_run_gives_the_same_bytes(calibration):
     first, second = (json.dumps(simulate("reference", "opt-13b", "csd-dense").to_dict()) for _ in range(2))
     assert first == second
+
+
+def test_several_gpus_share_a_layer_and_pay_for_adding_up():
+    def at(count, parallel="tensor"):
+        changes = {"gpu_count": count, "gpu_parallel": parallel}
+        work = Workload(batch=16, input_tokens=512, output_tokens=64)
+        return simulate("a100-server", "llama-2-7b", "gpu-resident", work, overrides=changes)
+
+    one, four, in_a_row = at(1), at(4), at(4, "layers")
+    assert one.tokens_per_s < four.tokens_per_s < 4 * one.tokens_per_s
+    assert one.time_to_first_token_s / 4 < four.time_to_first_token_s < one.time_to_first_token_s / 2
+    assert in_a_row.tokens_per_s == pytest.approx(one.tokens_per_s)
+    # Two ring all-reduces per layer move 2 (n - 1) / n of the hidden states each.
+    moved = 4 * 3 / 4 * 4096 * 2 * 32
+    assert four.bytes_per_token["gpu peers"] == pytest.approx(moved)
+
+
+def test_heads_that_do_not_divide_over_gpus_are_refused():
+    with pytest.raises(
+        ConfigError, match=r"64 heads of llama-2-70b do not divide over 3 GPUs; 2 would, or gpu_"
+    ):
+        simulate("a100-server", "llama-2-70b", "gpu-resident", overrides={"gpu_count": 3})
+
+
+def test_flexgen_places_whole_tensors():
+    from sim.describe.model import load_model
+    from sim.schemes.flexgen import Placement, whole_tensors
+
+    model = load_model("opt-30b")
+    asked = whole_tensors(model, Placement(0.2, 0.8))
+    # Only the output projection's middle lies in the last fifth: a quarter of attention, a third of the weights.
+    assert (asked.gpu, asked.disk) == (pytest.approx(1 / 12), 0.0)
+    assert whole_tensors(model, Placement(0.0, 0.5)).disk == pytest.approx(0.5)
+    assert whole_tensors(model, Placement(1.0, 0.0)).gpu == 1.0
+
+
+def test_flexgen_percentages_move_what_they_place():
+    work = Workload(batch=16, input_tokens=512, output_tokens=16)
+    percents = {
+        "weights_gpu_percent": 0.0, "weights_host_percent": 50.0, "kv_gpu_percent": 0.0, "kv_host_percent": 25.0,
+        "activations_gpu_percent": 0.0, "activations_host_percent": 100.0,
+    }  # fmt: skip
+    run = simulate("reference", "opt-13b", "flexgen-ssd", work, tuning=Tuning(**percents))
+    tiers = {t.tier: t.used_gb for t in run.residency}
+    kv, weights = 16 * 528 * 819_200 / 1e9, 25.7
+    assert tiers["drives"] == pytest.approx(0.5 * weights + 0.75 * kv, rel=0.02)
+    assert tiers["host memory"] == pytest.approx(0.5 * weights + 0.25 * kv + 0.17, rel=0.02)
+    hidden = 16 * 5120 * 2 * 40
+    assert run.bytes_per_token["pcie from gpu"] * 16 == pytest.approx(hidden + 16 * 819_200)
+    assert run.policy["kv_disk_percent"] == 75
+
+
+@pytest.mark.parametrize(
+    ("scheme", "tuning", "text"),
+    [
+        (
+            "flexgen-ssd",
+            {"kv_gpu_percent": 80.0, "kv_host_percent": 30.0},
+            r"kv on GPU and host must .*got 80 \+ 30",
+        ),
+        ("flexgen-dram", {"kv_gpu_percent": 10.0, "kv_host_percent": 40.0}, "no disk for the 50% of kv"),
+        ("flexgen-ssd", {"gpu_batches": 9}, "gpu_batches must be at most the batch of 8, got 9"),
+    ],
+)
+def test_percentages_that_make_no_sense_are_refused(scheme, tuning, text):
+    with pytest.raises(ConfigError, match=text):
+        simulate("reference", "opt-13b", scheme, Workload(batch=8), tuning=Tuning(**tuning))

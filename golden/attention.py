@@ -18,8 +18,8 @@ from golden.ops import A8, KVCodes, bitlen, int24, rnd_shift, sat
 from golden.spec import KVStrataError
 from golden.spec.formats import ACC_PRESHIFT, ATTN_TILE, L_EXTRA_FRAC, P_CODE_BITS, P_FRAC, VEC_BITS, VEC_FRAC
 
-HEAD_SIZE_MAX = 128
-"""Largest head size for which a score fits the 48-bit accumulator at full range."""
+HEAD_SIZE_MAX = 256
+"""Largest head size: `|acc|` stays below 256 * 127 * 2**15 * 2**24 < 2**54 and fits the 56-bit accumulator."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class ScoreScale:
 
     @classmethod
     def of(cls, head_size: int) -> ScoreScale:
-        """The constant of a head size (even, at most 128)."""
+        """The constant of a head size (even, at most 256)."""
         if head_size % 2 or not 2 <= head_size <= HEAD_SIZE_MAX:
             raise KVStrataError(f"the head size must be even and 2 to {HEAD_SIZE_MAX}, got {head_size}.")
         value = math.log2(math.e) / math.sqrt(head_size)
@@ -53,7 +53,7 @@ EMPTY_M = -(1 << 20)
 
 def scores(q: A8, k: KVCodes, scale: ScoreScale) -> Tensor:
     """z [Hkv, G, T, S] in log2 units, q16, of q [Hkv, G, T, dh] and k [Hkv, S, dh]."""
-    # float32 is exact here: |sum a*code| <= 128 * 127 * 255 < 2**24.
+    # float32 is exact here: |sum a*code| <= 256 * 127 * 255 < 2**24.
     dots = (q.codes.float() @ k.codes.float().transpose(-1, -2)[:, None]).long()
     acc = int24(k.scale)[:, None, None] * dots
     acc += int24(k.minimum)[:, None, None] * q.codes.sum(-1, keepdim=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sim import energy, run
-from sim.describe.base import ConfigError, did_you_mean
+from sim.describe.base import ConfigError, did_you_mean, load
 from sim.describe.machine import Machine, load_machine
 from sim.describe.model import Model, load_model
 from sim.describe.workload import Tuning, Workload
@@ -29,9 +29,37 @@ def bind(
 ) -> Scheme:
     """A scheme bound to a machine; raises ConfigError or CapacityError where it cannot run."""
     chosen = scheme_class(scheme)
-    described = load_machine(machine, overrides)
+    devices, framework, work = split_overrides(overrides or {})
+    described = load_machine(machine, devices)
     shape = model if isinstance(model, Model) else load_model(model)
-    return chosen(described, shape, workload or Workload(), tuning or Tuning())
+    asked = workload or Workload()
+    return chosen(
+        described, shape, asked.replaced(**work) if work else asked, tuned(tuning or Tuning(), framework)
+    )
+
+
+def tuned(tuning: Tuning, changes: Mapping[str, Any]) -> Tuning:
+    """`tuning`, or the preset that `changes` names under "", with the other fields changed."""
+    fields = {k: v for k, v in changes.items() if k}
+    base = load(Tuning, changes[""]) if "" in changes else tuning
+    return base.replaced(**fields) if fields else base
+
+
+def split_overrides(
+    overrides: Mapping[str, Any],
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """(devices by path, framework fields with the preset under "", workload fields) of paths such as "csd.channels",
+    "framework", "framework.gpu_batches" and "workload.sparsity"."""
+    devices: dict[str, Any] = {}
+    framework: dict[str, Any] = {}
+    work: dict[str, Any] = {}
+    for path, value in overrides.items():
+        head, _, field = path.partition(".")
+        if head in ("framework", "workload"):
+            (framework if head == "framework" else work)[field] = value
+        else:
+            devices[path] = value
+    return devices, framework, work
 
 
 def simulate(
@@ -45,8 +73,9 @@ def simulate(
 ) -> RunResult:
     """Simulate one scheme.
 
-    `machine` and `model` are preset names, files or objects; `overrides` changes device fields by path
-    ({"csd.channels": 16}). Raises ConfigError, CapacityError or CalibrationError, each one sentence.
+    `machine` and `model` are preset names, files or objects; `overrides` changes fields by path: of devices
+    ({"csd.channels": 16}), of the framework ({"framework": "cuda-graphs", "framework.gpu_batches": 4}) and of the
+    workload ({"workload.sparsity": 0.25}). Raises ConfigError, CapacityError or CalibrationError, each one sentence.
     """
     if fidelity not in FIDELITIES:
         hint = did_you_mean(fidelity, list(FIDELITIES))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from sim.api import simulate
+from sim.api import simulate, split_overrides, tuned
 from sim.describe.base import CapacityError
 from sim.describe.machine import Machine
 from sim.describe.model import Model
@@ -16,6 +16,8 @@ from sim.result import RunResult
 BLOCKS = (1, 4)
 """Parts per block: one part, or a block whose working memory is a quarter."""
 PERCENTS = (0.0, 20.0, 40.0, 60.0, 80.0, 100.0)
+WEIGHTS = (0.0, 20.0, 40.0, 60.0, 100.0)
+"""Percentages between which whole tensors move."""
 
 
 def best_policy(
@@ -27,28 +29,44 @@ def best_policy(
     tuning: Tuning | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> RunResult:
-    """Highest throughput over batches, block sizes, and weights and KV percentages on the GPU.
+    """Highest throughput over batches, block sizes, where weights and KV lie, and who attends to KV off the GPU.
 
     Bounds prune the search: analytic throughput is never below flow, so a policy whose bound is worse than the best
     found is skipped. Raises CapacityError where nothing fits.
     """
-    base, knobs = workload or Workload(), tuning or Tuning()
+    devices, framework, asked = split_overrides(overrides or {})
+    base, knobs = (workload or Workload()).replaced(**asked), tuned(tuning or Tuning(), framework)
     best: RunResult | None = None
     refused: CapacityError | None = None
     for batch in batches:
         work = base.replaced(batch=batch)
-        for parts, weights, kv in itertools.product(BLOCKS, PERCENTS, PERCENTS):
-            if parts > batch:
-                continue
-            chosen = knobs.replaced(gpu_batches=parts, weights_gpu_percent=weights, kv_gpu_percent=kv)
+        for change in _policies(scheme, batch):
+            chosen = knobs.replaced(**change)
             try:
-                bound = simulate(machine, model, scheme, work, "analytic", overrides, chosen)
+                bound = simulate(machine, model, scheme, work, "analytic", devices, chosen)
             except CapacityError as error:
                 refused = error
                 continue
             if best is None or bound.tokens_per_s > best.tokens_per_s:
-                found = simulate(machine, model, scheme, work, "flow", overrides, chosen)
+                found = simulate(machine, model, scheme, work, "flow", devices, chosen)
                 best = max(best or found, found, key=lambda r: r.tokens_per_s)
     if best is None:
         raise refused or CapacityError(f"scheme {scheme}: no batch was given to search")
     return best
+
+
+def _policies(scheme: str, batch: int) -> Iterator[dict[str, Any]]:
+    """Settings to try: what the GPU does not hold is in host memory, or on the drives, and attended to by the GPU or
+    by the CPU."""
+    tiers = (100.0,) if scheme == "flexgen-dram" else (0.0, 100.0)
+    for parts, weights, kv in itertools.product(BLOCKS, WEIGHTS, PERCENTS):
+        for in_host, on_cpu in itertools.product(tiers, (False, True)):
+            if parts > batch or (kv == 100 and (on_cpu or in_host != tiers[0])):
+                continue
+            yield {
+                "gpu_batches": parts,
+                "weights_gpu_percent": weights,
+                "kv_gpu_percent": kv,
+                "kv_host_percent": in_host / 100 * (100 - kv),
+                "cpu_attention": on_cpu,
+            }

@@ -13,7 +13,7 @@ import math
 import random
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -221,13 +221,18 @@ def summary(served: Sequence[Served]) -> dict[str, float]:
 
 
 def serve_on(
-    machine: Any, model: Any, scheme: str, requests: Sequence[Request], most: int = 256
+    machine: Any,
+    model: Any,
+    scheme: str,
+    requests: Sequence[Request],
+    most: int = 256,
+    settings: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:
-    """Serve requests with a scheme on a machine; `most` bounds the running sequences."""
+    """Serve requests with a scheme on a machine; `most` bounds the running sequences, `settings` are overrides."""
     longest = max(r.input_tokens + r.output_tokens for r in requests)
     prompt = max(1, round(sum(r.input_tokens for r in requests) / len(requests)))
 
     def bound(workload: Workload) -> Any:
-        return bind(machine, model, scheme, workload)
+        return bind(machine, model, scheme, workload, settings)
 
     return summary(serve(StepTimes(bound, longest, min(prompt, longest - 1), most), requests))

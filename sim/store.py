@@ -54,13 +54,15 @@ class Store:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(path)
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=NORMAL")
             self._db.execute(SCHEMA)
             self._db.execute("SELECT key FROM points LIMIT 1").fetchall()
+        except OSError as error:
+            raise StoreError(f"sweep store {path} cannot be created ({error.strerror})") from None
         except sqlite3.DatabaseError as error:
             raise StoreError(
                 f"sweep store {path} is not a readable database ({error}): move it away to start anew"
@@ -110,5 +112,9 @@ def write_parquet(rows: list[dict[str, Any]], path: Path) -> None:
     import polars as pl
 
     temporary = path.with_suffix(path.suffix + ".part")
-    pl.DataFrame(rows, infer_schema_length=None, strict=False).write_parquet(temporary)
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pl.DataFrame(rows, infer_schema_length=None, strict=False).write_parquet(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise StoreError(f"table {path} cannot be written ({error.strerror or error})") from None

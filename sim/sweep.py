@@ -52,6 +52,8 @@ def _evaluate_all(jobs: list[Job], fidelity: str) -> list[Done]:
 
 def in_processes(jobs: list[Job], fidelity: str, workers: int) -> Iterator[Done]:
     """Chunks over local processes, in order of completion."""
+    if workers < 1:
+        raise SweepError(f"a sweep needs at least one worker process, got workers = {workers}")
     if workers == 1:
         for job in jobs:
             yield from _evaluate_all([job], fidelity)
@@ -68,7 +70,11 @@ def on_dask(jobs: list[Job], fidelity: str, scheduler: str) -> Iterator[Done]:
     from dask.distributed import Client
     from dask.distributed import as_completed as as_dask_completed
 
-    with Client(scheduler, timeout="10s") as client:
+    try:
+        client = Client(scheduler, timeout="10s")
+    except (OSError, ValueError, TypeError) as error:
+        raise SweepError(f"no Dask scheduler answers at {scheduler!r} ({error})") from None
+    with client:
         size = max(1, min(16, len(jobs) // 8))
         chunks = [jobs[i : i + size] for i in range(0, len(jobs), size)]
         futures = [client.submit(_evaluate_all, chunk, fidelity, pure=False) for chunk in chunks]

@@ -11,6 +11,7 @@ batch = [16, 64]
 [set]                              # grid values, or choices
 csd_count = [1, 2, 4]
 "csd.channels" = [4, 8, 16]
+"framework.gpu_batches" = [1, 4]
 [range]                            # random and search only: low and high
 "csd.read_us" = [20.0, 90.0]
 [objectives]
@@ -32,7 +33,9 @@ from pydantic import Field, model_validator
 
 from sim.accuracy import METRIC
 from sim.describe.base import ConfigError, Count, Described, build, did_you_mean
-from sim.describe.workload import Workload
+from sim.describe.devices import Link
+from sim.describe.machine import PARTS, Topology
+from sim.describe.workload import Tuning, Workload
 from sim.schemes import SCHEMES
 
 OBJECTIVES = (
@@ -79,6 +82,8 @@ class Sweep(Described):
             raise ValueError(
                 f"objective {METRIC} needs accuracy_table, the file that `make accuracy` writes, got none"
             )
+        for path in (*self.set, *self.range):
+            _check_path(path)
         for field in self.workload:
             if field not in Workload.model_fields:
                 hint = did_you_mean(field, list(Workload.model_fields))
@@ -106,6 +111,22 @@ class Sweep(Described):
         for _ in range(self.points):
             point = {name: values[int(rng.random() * len(values))] for name, values in axes.items()}
             yield point | {n: low + (high - low) * rng.random() for n, (low, high) in self.range.items()}
+
+
+def _check_path(path: str) -> None:
+    """Raise ValueError where no machine can have the field that `path` names."""
+    part, _, field = path.rpartition(".")
+    kinds: dict[str, type[Described]] = {
+        **PARTS,
+        "ssd_link": Link,
+        "csd_link": Link,
+        "framework": Tuning,
+        "workload": Workload,
+    }
+    tops = [*PARTS, "framework", *(f for f in Topology.model_fields if f not in Described.model_fields)]
+    known = list(kinds[part].model_fields) if part in kinds else tops if not part else list(kinds)
+    if (field if part in kinds or not part else part) not in known:
+        raise ValueError(f"unknown field {path}{did_you_mean(field if part in kinds else path, known)}")
 
 
 def _listed(value: Any) -> list[Any]:

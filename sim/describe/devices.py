@@ -113,6 +113,9 @@ class Flash(Described):
     arbitration: Literal["pipelined", "transfer-first"] = assumed("pipelined", "SIM-FLASH-ARB")
     cache_read: bool = assumed(False, "SIM-FLASH-CACHE")
     multi_plane: bool = assumed(True, "SIM-FLASH-PLANES")
+    independent_planes: bool = assumed(False, "SIM-FLASH-INDEPENDENT")
+    codeword_bytes: Count = assumed(4096, "SIM-FLASH-CODEWORD")
+    spare_share: Share = assumed(0.07, "SIM-FLASH-SPARE", gt=0, lt=1)
     retry_rate: Share = assumed(0.0, FLASH)
     retry_max: int = assumed(5, "InstInfer: worst read retry 5", ge=0)
 
@@ -146,6 +149,8 @@ class Ssd(Flash):
     queue_depth: Count = assumed(32, "SIM-NVME-QD")
     io_kib: Positive = assumed(128.0, "SIM-NVME-IO")
     host_us_per_io: NonNegative = assumed(8.0, "SIM-NVME-HOST")
+    host_us_per_mib: NonNegative = assumed(0.0, "direct IO: no copy on the host")
+    read_kiops: Positive | None = assumed(None, "no rating of short reads: flash and link bind")
 
     @model_validator(mode="after")
     def _plausible_ssd(self) -> Self:
@@ -188,6 +193,14 @@ class Fpga(Described):
     hbm_gb_per_s: Positive
     hbm_share: Share
     hbm_channels: Count = assumed(32, "SIM-HBM")
+    hbm_banks: Count = assumed(16, "SIM-HBM")
+    hbm_row_bytes: Count = assumed(1024, "SIM-HBM")
+    hbm_t_rc_ns: Positive = assumed(45.0, "SIM-HBM")
+    hbm_t_faw_ns: Positive = assumed(16.0, "SIM-HBM")
+    hbm_t_rfc_ns: NonNegative = assumed(260.0, "SIM-HBM")
+    hbm_t_refi_ns: Positive = assumed(3900.0, "SIM-HBM")
+    hbm_hit_ns: Positive = assumed(107.0, "reference/accllm.md section 3.4: idle latency, page hit")
+    hbm_miss_ns: Positive = assumed(138.0, "reference/accllm.md section 3.4: idle latency, page miss")
     hbm_access_bytes: Count = assumed(1024, "SIM-HBM-ACCESS")
     hbm_outstanding: Count = assumed(16, "SIM-HBM-QD")
     port_bytes_per_cycle: Positive
@@ -213,4 +226,8 @@ class Fpga(Described):
             raise ValueError(f"clock_mhz must lie in 10..1500, got {self.clock_mhz}")
         if self.hbm_gb_per_s > 5_000:
             raise ValueError(f"hbm_gb_per_s must be below 5000 (is it in Gb/s?), got {self.hbm_gb_per_s}")
+        if self.hbm_t_rfc_ns >= self.hbm_t_refi_ns:
+            raise ValueError(
+                f"hbm_t_rfc_ns must be below hbm_t_refi_ns = {self.hbm_t_refi_ns}, got {self.hbm_t_rfc_ns}"
+            )
         return self

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 from sim.describe.devices import Link, Ssd
-from sim.devices.flash import first_page_us, program_limits, read_limits
+from sim.devices.flash import first_page_us, program_limits, read_limits, short_read_limits
+from sim.devices.flash_pages import PageRun, closed_loop
 from sim.devices.limits import Bandwidth
 
 
@@ -13,7 +14,12 @@ def io_latency_us(ssd: Ssd, link: Link, kib: float | None = None) -> float:
     """Latency of one read of `kib` (default: the reader's IO size) on an idle drive, submission to completion."""
     size = (kib or ssd.io_kib) * 1024
     moved = size / (link.payload_gb_per_s * 1e3)
-    return ssd.firmware_read_us + first_page_us(ssd) + link.latency_us + moved + ssd.host_us_per_io
+    return ssd.firmware_read_us + first_page_us(ssd, size) + link.latency_us + moved + host_us(ssd, size)
+
+
+def host_us(ssd: Ssd, size_bytes: float) -> float:
+    """Time of the host's software on one IO: per IO and per byte."""
+    return ssd.host_us_per_io + ssd.host_us_per_mib * size_bytes / 2**20
 
 
 def read_bandwidth(ssd: Ssd, link: Link, queue_depth: int | None = None, count: int = 1) -> Bandwidth:
@@ -25,9 +31,44 @@ def read_bandwidth(ssd: Ssd, link: Link, queue_depth: int | None = None, count: 
         "drive rating": ssd.read_gb_per_s,
         "drive link": link.payload_gb_per_s,
         "queue depth": depth * size_gb / (io_latency_us(ssd, link) * 1e-6),
-        "host software": size_gb / (ssd.host_us_per_io * 1e-6) if ssd.host_us_per_io else math.inf,
+        "host software": _per_thread(ssd, ssd.io_kib),
     }
     return Bandwidth(f"{ssd.name} read x{count}", {k: v * count for k, v in limits.items()})
+
+
+def _per_thread(ssd: Ssd, kib: float) -> float:
+    """GB/s that one thread's software submits and completes."""
+    software_us = host_us(ssd, kib * 1024)
+    return kib * 1.024 / software_us if software_us else math.inf
+
+
+def random_read_bandwidth(ssd: Ssd, link: Link, kib: float, depth: int, threads: int = 1) -> Bandwidth:
+    """Random reads of `kib` with `depth` outstanding from each of `threads` threads, every limit."""
+    size = kib * 1024
+    limits = {
+        **short_read_limits(ssd, size).limits,
+        "drive rating": ssd.read_gb_per_s,
+        "drive link": link.payload_gb_per_s,
+        "queue depth": threads * depth * size / (io_latency_us(ssd, link, kib) * 1e3),
+        "host software": threads * _per_thread(ssd, kib),
+    }
+    if ssd.read_kiops:
+        limits["drive rating of short reads"] = ssd.read_kiops * size / 1e6
+    return Bandwidth(f"{ssd.name} random read", limits)
+
+
+def random_reads(
+    ssd: Ssd, link: Link, kib: float, depth: int, threads: int = 1, reads: int = 20_000, seed: int = 0
+) -> PageRun:
+    """The same page by page: every command, sense and data-out, for latency distributions. What host, controller and
+    link take per read, the slowest of them, is a server before the flash; their other times are latency."""
+    per_io = max(
+        1e3 / ssd.read_kiops if ssd.read_kiops else 0.0,
+        host_us(ssd, kib * 1024) / threads,
+        kib * 1.024 / min(ssd.read_gb_per_s, link.payload_gb_per_s),
+    )
+    rest = io_latency_us(ssd, link, kib) - first_page_us(ssd, kib * 1024) - per_io
+    return closed_loop(ssd, reads, depth * threads, max(rest, 0.0), seed, math.ceil(kib * 1024), per_io)
 
 
 def write_bandwidth(ssd: Ssd, link: Link, count: int = 1) -> Bandwidth:

@@ -23,6 +23,30 @@ def transfer_us(flash: Flash) -> float:
     return flash.page_bytes / (flash.channel_gb_per_s * 1e3)
 
 
+def partial_us(flash: Flash, size_bytes: float) -> float:
+    """Time on the bus of a read of part of a page: whole codewords cross it."""
+    words = math.ceil(min(size_bytes, flash.page_bytes) / flash.codeword_bytes) * flash.codeword_bytes
+    return min(words, flash.page_bytes) / (flash.channel_gb_per_s * 1e3)
+
+
+def units(flash: Flash) -> int:
+    """What senses one page at a time on its own: dies, or planes where they take separate commands."""
+    return flash.channels * flash.dies_per_channel * (flash.planes_per_die if flash.independent_planes else 1)
+
+
+def short_read_limits(flash: Flash, size_bytes: float) -> Bandwidth:
+    """Bandwidth of random reads of `size_bytes` with every die busy: pages of a read are sensed one by one."""
+    useful = min(size_bytes, flash.page_bytes)
+    out, tcmd = partial_us(flash, size_bytes), flash.command_us
+    pipelined = flash.arbitration == "pipelined"
+    alone = tcmd + sense_us(flash) + out * (1 if pipelined else units(flash) / flash.channels)
+    limits = {
+        "flash array": units(flash) * useful / 1e3 / alone,
+        "flash channel with commands": flash.channels * useful / 1e3 / (tcmd + out),
+    }
+    return Bandwidth("flash short read", limits)
+
+
 def planes(flash: Flash) -> int:
     """Planes that one read command senses together."""
     return flash.planes_per_die if flash.multi_plane else 1
@@ -109,6 +133,21 @@ def reclaim_s(flash: Flash, size_bytes: float) -> float:
     return math.ceil(size_bytes / block / together) * flash.erase_us * 1e-6
 
 
-def first_page_us(flash: Flash) -> float:
-    """Latency of one page read alone, from command to last byte on the channel."""
-    return flash.command_us + sense_us(flash) + transfer_us(flash)
+def first_page_us(flash: Flash, size_bytes: float | None = None) -> float:
+    """Latency of one page read (or of part of it) alone, from command to last byte on the channel."""
+    return flash.command_us + sense_us(flash) + partial_us(flash, size_bytes or flash.page_bytes)
+
+
+def overwrite_amplification(flash: Flash, filled: float = 1.0) -> float:
+    """Bytes programmed per byte of uniformly random page overwrites, `filled` of the capacity in use.
+
+    Blocks are cleaned in order of age (Menon; Desnoyers): the share v of valid pages in the block that is cleaned
+    solves (v - 1) / ln v = utilisation of the physical flash, and the amplification is 1 / (1 - v). Greedy cleaning
+    is a little below. Appended data that are erased by whole blocks are never copied (SIM-WAF).
+    """
+    utilisation = filled * (1 - flash.spare_share)
+    low, high = 1e-12, 1.0 - 1e-12
+    for _ in range(60):
+        v = (low + high) / 2
+        low, high = (v, high) if (v - 1) / math.log(v) < utilisation else (low, v)
+    return 1 / (1 - high)

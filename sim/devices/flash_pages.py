@@ -20,9 +20,10 @@ import random
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from sim.describe.devices import Flash
-from sim.devices.flash import planes, transfer_us
+from sim.devices.flash import partial_us, planes, transfer_us, units
 
 
 @dataclass(frozen=True)
@@ -141,46 +142,83 @@ def _channel(
     return bus
 
 
-READY, FREE, SUBMIT = 0, 1, 2
+READY, FREE, SUBMIT, ARRIVE = 0, 1, 2, 3
+
+
+@dataclass(slots=True)
+class _Read:
+    """One IO: the first of its pages' units, when it was submitted, pages not yet out."""
+
+    unit: int
+    submitted: float
+    left: int
 
 
 class _ClosedLoop:
-    """State of a closed loop: FIFO per die, bus per channel, `depth` reads outstanding over random dies."""
+    """State of a closed loop: FIFO per unit (die, or independent plane), bus per channel, `depth` IOs outstanding."""
 
-    def __init__(self, flash: Flash, reads: int, depth: int, overhead_us: float, seed: int) -> None:
-        self.flash, self.left, self.overhead_us = flash, reads, overhead_us
+    def __init__(
+        self,
+        flash: Flash,
+        reads: int,
+        depth: int,
+        overhead_us: float,
+        seed: int,
+        size_bytes: int,
+        gap_us: float,
+    ) -> None:
+        self.flash, self.left, self.overhead_us, self.gap_us = flash, reads, overhead_us, gap_us
         self.rng = random.Random(seed)
         self.sense = sense_times_us(flash, self.rng)
-        dies = flash.channels * flash.dies_per_channel
-        self.queues: list[deque[float]] = [deque() for _ in range(dies)]
-        self.busy = [False] * dies
+        self.pages, self.out_us = -(-size_bytes // flash.page_bytes), partial_us(flash, size_bytes)
+        count = units(flash)
+        self.per_channel = count // flash.channels
+        self.queues: list[deque[_Read]] = [deque() for _ in range(count)]
+        self.current: list[_Read | None] = [None] * count
         self.commands: list[deque[int]] = [deque() for _ in range(flash.channels)]
         self.outs: list[deque[int]] = [deque() for _ in range(flash.channels)]
         self.bus_busy = [False] * flash.channels
-        self.events: list[tuple[float, int, int, int]] = []
+        self.events: list[tuple[float, int, int, Any]] = []
         self.latencies: list[float] = []
-        self.now = 0.0
-        self.started = [0.0] * dies
+        self.now = self.controller_free = 0.0
+        self.order = 0
         for _ in range(min(depth, reads)):
             self.submit()
 
+    def push(self, at: float, kind: int, what: Any) -> None:
+        """Schedule an event; equal times keep the order in which they were scheduled."""
+        self.order += 1
+        heapq.heappush(self.events, (at, kind, self.order, what))
+
     def submit(self) -> None:
-        """One more read to a uniformly random die."""
+        """One more read, its pages striped from a uniformly random unit on; the controller takes one every `gap_us`."""
         if not self.left:
             return
         self.left -= 1
-        die = int(self.rng.random() * len(self.queues))
-        self.queues[die].append(self.now)
-        if not self.busy[die]:
-            self.next_of(die)
+        read = _Read(int(self.rng.random() * len(self.queues)), self.now, self.pages)
+        self.controller_free = max(self.controller_free, self.now) + self.gap_us
+        if self.gap_us:
+            self.push(self.controller_free, ARRIVE, read)
+        else:
+            self.arrive(read)
 
-    def next_of(self, die: int) -> None:
-        """The die takes the next read of its queue, and its command waits for the bus."""
-        self.busy[die] = bool(self.queues[die])
-        if self.busy[die]:
-            self.started[die] = self.queues[die].popleft()
-            channel = die // self.flash.dies_per_channel
-            self.commands[channel].append(die)
+    def arrive(self, read: _Read) -> None:
+        """Queue the read's pages, channel by channel."""
+        channels, count = self.flash.channels, len(self.queues)
+        for page in range(self.pages):
+            # Neighbouring pages lie on neighbouring channels, then on the next unit of each.
+            place = (read.unit + page) % count
+            unit = place % channels * self.per_channel + place // channels
+            self.queues[unit].append(read)
+            if self.current[unit] is None:
+                self.next_of(unit)
+
+    def next_of(self, unit: int) -> None:
+        """The unit takes the next page of its queue, and its command waits for the bus."""
+        self.current[unit] = self.queues[unit].popleft() if self.queues[unit] else None
+        if self.current[unit] is not None:
+            channel = unit // self.per_channel
+            self.commands[channel].append(unit)
             self.grant(channel)
 
     def grant(self, channel: int) -> None:
@@ -192,35 +230,55 @@ class _ClosedLoop:
         if not command and not outs:
             return
         self.bus_busy[channel] = True
-        die = (commands if command else outs).popleft()
-        length = self.flash.command_us if command else transfer_us(self.flash)
-        heapq.heappush(self.events, (self.now + length, FREE, -die - 1 if command else die, channel))
+        unit = (commands if command else outs).popleft()
+        length = self.flash.command_us if command else self.out_us
+        self.push(self.now + length, FREE, -unit - 1 if command else unit)
 
     def run(self) -> PageRun:
         """Until every read has completed."""
-        total = self.left + sum(map(len, self.queues)) + sum(self.busy)
         while self.events:
-            self.now, kind, die, channel = heapq.heappop(self.events)
+            self.now, kind, _, what = heapq.heappop(self.events)
             if kind == SUBMIT:
                 self.submit()
-                continue
-            if kind == READY:
-                self.outs[channel].append(die)
+            elif kind == ARRIVE:
+                self.arrive(what)
+            elif kind == READY:
+                channel = what // self.per_channel
+                self.outs[channel].append(what)
+                self.grant(channel)
             else:
-                self.bus_busy[channel] = False
-                if die < 0:
-                    heapq.heappush(self.events, (self.now + self.sense(), READY, -die - 1, channel))
-                else:
-                    self.latencies.append(self.now - self.started[die] + self.overhead_us)
-                    heapq.heappush(self.events, (self.now + self.overhead_us, SUBMIT, 0, 0))
-                    self.next_of(die)
-            self.grant(channel)
-        return PageRun(total, self.now * 1e-6, self.latencies)
+                self._bus_freed(what)
+        return PageRun(len(self.latencies) * self.pages, self.now * 1e-6, self.latencies)
+
+    def _bus_freed(self, what: int) -> None:
+        unit = what if what >= 0 else -what - 1
+        channel = unit // self.per_channel
+        self.bus_busy[channel] = False
+        if what < 0:
+            self.push(self.now + self.sense(), READY, unit)
+        else:
+            read = self.current[unit]
+            assert read is not None
+            read.left -= 1
+            if not read.left:
+                self.latencies.append(self.now - read.submitted + self.overhead_us)
+                self.push(self.now + self.overhead_us, SUBMIT, None)
+            self.next_of(unit)
+        self.grant(channel)
 
 
-def closed_loop(flash: Flash, reads: int, depth: int, overhead_us: float = 0.0, seed: int = 0) -> PageRun:
-    """`reads` single-page reads of uniformly random dies with `depth` outstanding.
+def closed_loop(
+    flash: Flash,
+    reads: int,
+    depth: int,
+    overhead_us: float = 0.0,
+    seed: int = 0,
+    size_bytes: int | None = None,
+    gap_us: float = 0.0,
+) -> PageRun:
+    """`reads` reads of `size_bytes` (default: a page) at uniformly random places with `depth` outstanding.
 
-    `overhead_us` (firmware, link, host) adds to every latency and delays the read that takes its place.
+    `overhead_us` (firmware, link, host) adds to every latency and delays the read that takes its place; a controller
+    that is rated for a number of reads per second takes one every `gap_us`.
     """
-    return _ClosedLoop(flash, reads, depth, overhead_us, seed).run()
+    return _ClosedLoop(flash, reads, depth, overhead_us, seed, size_bytes or flash.page_bytes, gap_us).run()

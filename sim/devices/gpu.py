@@ -55,6 +55,8 @@ ATTENTION_GROUP_COST = 0.15
 """Further cost of a block per extra query head that shares its KV head."""
 ATTENTION_BANDWIDTH_SHARE = 0.97
 ATTENTION_TENSOR_SHARE = 0.40
+ATTENTION_PREFILL_BLOCK_US = 15.0
+"""Prologue, first loads and epilogue of one block of 128 queries (SIM-GPU-ATTENTION)."""
 SPLIT_TOKENS = 512
 """Split-KV attention gives one block at least this many cached tokens."""
 
@@ -74,9 +76,11 @@ def attention_decode(gpu: Gpu, batch: int, kv: float, heads: int, kv_heads: int,
 def attention_prefill(gpu: Gpu, batch: int, q: int, kv: int, heads: int, head_size: int) -> Kernel:
     """Causal attention of `q` new tokens over `kv` cached ones and themselves; whole tiles are computed."""
     flops = 4 * batch * heads * head_size * q * (kv + q)
-    blocks = batch * heads * math.ceil(q / 128)
-    filled = blocks / (math.ceil(blocks / gpu.sm_count) * gpu.sm_count)
-    return _combine(gpu, 0.0, flops / (gpu.fp16_tflops * 1e12 * ATTENTION_TENSOR_SHARE) / filled)
+    # Blocks of unequal length share an SM, so they fill it but for the last of them.
+    per_sm = max(1.0, batch * heads * math.ceil(q / 128) / gpu.sm_count)
+    per_block = flops / (batch * heads * math.ceil(q / 128))
+    each = per_block / (gpu.fp16_tflops * 1e12 * ATTENTION_TENSOR_SHARE / gpu.sm_count)
+    return _combine(gpu, 0.0, per_sm * (each + ATTENTION_PREFILL_BLOCK_US * 1e-6))
 
 
 def elementwise(gpu: Gpu, size_bytes: float) -> Kernel:

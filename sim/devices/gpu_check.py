@@ -36,20 +36,33 @@ PRESETS = {
     "a6000": "a6000",
     "t4": "t4",
     "rtx4090": "rtx-4090",
+    "a100-40": "a100-40",
+    "a100-80": "a100-80",
+    "rtx-4090": "rtx-4090",
+    "4090": "rtx-4090",
 }
 """Device names of published profiles -> presets."""
 
 
-def errors(path: Path = MEASURED) -> dict[str, list[float]]:
-    """Signed relative error per row, by device and operator ("a100 qkv_proj").
+def errors(path: Path = MEASURED, gpu: Gpu | None = None) -> dict[str, list[float]]:
+    """Signed relative error per row, by device and operator ("a100 qkv_proj"); `gpu` stands for every device named.
 
-    Raises ConfigError for a device that has no preset.
+    Raises ConfigError for a file that cannot be read, a device that has no preset, or a row without its columns.
     """
+    try:
+        rows = list(csv.DictReader(path.read_text().splitlines()))
+    except OSError as error:
+        raise ConfigError(f"profile {path} cannot be read ({error.strerror})") from None
     found: dict[str, list[float]] = {}
-    for row in csv.DictReader(path.read_text().splitlines()):
-        device = row["device"].lower()
-        if device not in PRESETS:
+    for number, row in enumerate(rows, start=2):
+        device = row.get("device", "").lower()
+        if gpu is None and device not in PRESETS:
             raise ConfigError(f"{path.name}: no preset for device {device!r}; known: {', '.join(PRESETS)}")
-        error = predicted_ms(load(Gpu, PRESETS[device]), row) / float(row["median_ms"]) - 1
-        found.setdefault(f"{device} {row['op']}", []).append(error)
+        try:
+            relative = predicted_ms(gpu or load(Gpu, PRESETS[device]), row) / float(row["median_ms"]) - 1
+        except (KeyError, ValueError, ZeroDivisionError):
+            raise ConfigError(
+                f"{path.name} line {number}: needs op, median_ms and the sizes of its operator, got {dict(row)}"
+            ) from None
+        found.setdefault(f"{device} {row['op']}", []).append(relative)
     return found

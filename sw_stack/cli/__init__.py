@@ -16,6 +16,7 @@ VERBS = (
     "calibrate",
     "check-rtl",
     "compile",
+    "device",
     "disasm",
     "docs",
     "generate",

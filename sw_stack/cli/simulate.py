@@ -20,7 +20,13 @@ def command(
     input_tokens: Annotated[int, typer.Option(help="prompt tokens per sequence")] = 1024,
     output_tokens: Annotated[int, typer.Option(help="generated tokens per sequence")] = 1024,
     fidelity: Annotated[str, typer.Option(help="analytic, flow or page")] = "flow",
-    set_: Annotated[list[str] | None, typer.Option("--set", help="device.field=value")] = None,
+    framework: Annotated[str, typer.Option(help="serving framework preset or TOML file")] = "",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="device.field=value; also framework. and workload.")
+    ] = None,
+    best_policy: Annotated[
+        bool, typer.Option(help="FlexGen schemes: search batch, block and percentages first")
+    ] = False,
     arrivals_per_s: Annotated[
         float, typer.Option(help="serve Poisson arrivals at this rate instead of a batch")
     ] = 0.0,
@@ -38,11 +44,12 @@ def command(
     import json
 
     from golden.spec import KVStrataError
-    from sim.api import scheme_names, simulate
+    from sim.api import scheme_names, simulate, split_overrides
     from sim.describe.base import build
     from sim.describe.machine import load_machine
     from sim.describe.workload import Workload
     from sim.overrides import parse
+    from sim.policy import best_policy as search
     from sim.timeline import perfetto
     from sw_stack.cli.output import note, show_json, show_rows
 
@@ -52,17 +59,23 @@ def command(
 
         write_atomically(sensitivity, markdown())
         return
-    described = load_machine(machine, parse(set_ or []))
+    devices, tuned, work = split_overrides(parse(set_ or []))
+    described = load_machine(machine, devices)
+    settings: dict[str, object] = {"framework": framework} if framework else {}
+    settings |= {f"framework.{k}" if k else "framework": v for k, v in tuned.items()}
     if arrivals_per_s or arrival_trace:
         arrivals = (arrivals_per_s, requests, input_tokens, output_tokens)
-        _serve(scheme or scheme_names(), described, model, arrival_trace, arrivals, as_json)
+        _serve(scheme or scheme_names(), described, model, arrival_trace, arrivals, settings, as_json)
         return
     fields = {"batch": batch, "input_tokens": input_tokens, "output_tokens": output_tokens}
-    workload = build(Workload, fields, "workload")
+    workload = build(Workload, fields | work, "workload")
     results = []
     for name in scheme or scheme_names():
         try:
-            results.append(simulate(described, model, name, workload, fidelity))
+            if best_policy and name.startswith("flexgen"):
+                results.append(search(described, model, name, workload=workload, overrides=settings))
+            else:
+                results.append(simulate(described, model, name, workload, fidelity, settings))
         except KVStrataError as error:
             if scheme:
                 raise
@@ -82,7 +95,9 @@ def command(
     if as_json:
         show_json([r.to_dict() for r in results])
         return
-    show_rows(f"{model} on {machine}, batch {batch}", [_row(r) for r in results], False)
+    show_rows(f"{model} on {machine}", [_row(r) for r in results], False)
+    for result in results if best_policy else ():
+        note(f"{result.scheme}: {result.policy}")
     limits = {b["what"]: b for r in results for b in r.bandwidths}
     show_rows(
         "Bandwidths", [{k: b[k] for k in ("what", "gb_per_s", "binding")} for b in limits.values()], False
@@ -102,6 +117,7 @@ def _serve(
     model: str,
     trace: Path | None,
     arrivals: tuple[float, int, int, int],
+    settings: "dict[str, object]",
     as_json: bool,
 ) -> None:
     """Latency percentiles of each scheme under request arrivals."""
@@ -113,7 +129,9 @@ def _serve(
     rows = []
     for name in track(schemes, "Serving"):
         try:
-            rows.append({"scheme": name, **serving.serve_on(machine, model, name, requests)})
+            rows.append(
+                {"scheme": name, **serving.serve_on(machine, model, name, requests, settings=settings)}
+            )
         except KVStrataError as error:
             note(f"{name}: {error}")
     if not rows:
@@ -125,6 +143,7 @@ def _row(result: "RunResult") -> dict[str, object]:
     shares = sorted(result.breakdown.items(), key=lambda item: -item[1])
     return {
         "scheme": result.scheme,
+        "batch": result.batch,
         "tokens_per_s": result.tokens_per_s,
         "decode_tokens_per_s": result.decode_tokens_per_s,
         "first_token_s": result.time_to_first_token_s,

@@ -5,7 +5,7 @@ import pytest
 from sim.describe.base import load
 from sim.describe.devices import Fpga
 from sim.devices.fpga import memory_bandwidth
-from sim.devices.hbm import read_limits
+from sim.devices.hbm import measure, read_limits
 
 U280 = load(Fpga, "u280")
 
@@ -38,3 +38,30 @@ def test_the_port_trap_of_256_bit_ports_at_225_mhz_binds():
     assert narrow.binding == "hbm ports at the engine clock"
     assert narrow.gb_per_s == pytest.approx(230.4)
     assert memory_bandwidth(U280).binding == "hbm share reached on the board"
+
+
+@pytest.mark.parametrize(
+    ("access", "outstanding", "changes", "binding", "least"),
+    [
+        (1024, 32, {}, "hbm refresh", 0.97),
+        (64, 4, {}, "hbm queue depth", 0.9),
+        (64, 16, {}, "hbm queue depth", 0.85),
+        (64, 64, {"hbm_t_faw_ns": 40.0}, "hbm tFAW", 0.95),
+        (32, 64, {}, "hbm tFAW", 0.95),
+        (64, 64, {"hbm_t_rc_ns": 600.0}, "hbm row cycle", 0.65),
+        (1024, 32, {"hbm_t_rfc_ns": 1300.0}, "hbm refresh", 0.95),
+    ],
+)
+def test_the_banks_meet_each_limit_in_its_regime(access, outstanding, changes, binding, least):
+    card = U280.replaced(**changes) if changes else U280
+    limits = read_limits(card, access, outstanding)
+    assert limits.binding == binding
+    reached = measure(card, access, outstanding, sequential=False, requests=8_000)
+    assert least * limits.gb_per_s <= reached <= 1.005 * limits.gb_per_s
+
+
+def test_streams_of_short_reads_activate_a_row_once():
+    slow = U280.replaced(hbm_t_faw_ns=64.0)
+    stream, scattered = (measure(slow, 64, 32, sequential, requests=8_000) for sequential in (True, False))
+    assert stream > 0.9 * U280.hbm_gb_per_s
+    assert scattered < 0.5 * stream

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from sim import reproduce
+from sim import others, reproduce
 from sim.describe.base import load
 from sim.describe.workload import Tuning
 
@@ -40,7 +40,20 @@ def test_the_calibrated_parameters_are_the_only_ones_of_the_framework():
     assert changed == {"layer_overhead_us", "page_cache_us_per_io"}
 
 
+def test_other_systems_are_met_without_a_parameter_of_their_own():
+    errors = [abs(o.error) for o in reproduce.reproduce(others.rows())]
+    assert sum(errors) / len(errors) < 0.25
+    assert sorted(errors)[-2] < 0.35
+
+
+def test_no_schedule_of_vllm_gives_the_contradicted_row():
+    bounds = reproduce._recompute_bounds()
+    assert bounds["lockstep"] <= bounds["lockstep_peak"] < bounds["recomp_low"]
+    assert bounds["recomp_high"] < bounds["block"] < bounds["vllm"]
+
+
 def test_the_committed_page_is_current(outcomes):
-    assert Path("docs/reproduction.md").read_text() == reproduce.markdown(outcomes), (
+    beyond = reproduce.reproduce(others.rows())
+    assert Path("docs/reproduction.md").read_text() == reproduce.markdown(outcomes, beyond), (
         "run `kvstrata reproduce --write docs/reproduction.md`"
     )

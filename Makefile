@@ -63,7 +63,7 @@ accuracy: $(STAMP)  ## formats x policies x context lengths on the real model (d
 oracle: $(STAMP)  ## freeze the independent logits of the golden tests again
 	@$(BIN)/python tests/golden/regenerate_oracle.py
 
-vectors: $(STAMP)  ## stimulus and expected output of every engine operator into build/vectors/
+vectors: $(STAMP)  ## stimulus and expected output of every block into build/vectors/
 	@$(BIN)/python -m golden.vector_sets
 
 notebooks: $(STAMP)  ## execute the notebooks in place

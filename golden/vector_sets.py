@@ -1,13 +1,15 @@
-"""The vector files of the engine's operators: stimulus and expected output from seeds, corners and a real run.
+"""The vector files of every block: stimulus and expected output from seeds, corners and a real run.
 
 `python -m golden.vector_sets DIRECTORY` writes `<operator>-<origin>.npz` for every operator below (golden.vectors has
-the file format). Operands are integers as docs/formats.md defines them; binary16 values are their int24 integers.
+the file format). Operands of the engine are integers as docs/formats.md defines them, binary16 scales their int24
+integers; those of the in-storage unit are described in golden.storage.vector_sets.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from golden.lambda_window import LambdaWindow
 from golden.loaders import load
 from golden.loaders.checkpoint import Checkpoint
 from golden.spec.formats import WEIGHT_FORMATS
+from golden.storage import vector_sets as storage
 from golden.vectors import flatten, write_vectors
 
 REGENERATE = "python -m golden.vector_sets"
@@ -128,15 +131,28 @@ def real(checkpoint: Checkpoint, layer: int = REAL_LAYER) -> Iterator[tuple[str,
         decoder.probe = keep
         decoder.forward(ids[-1:], cache, last_only=True)
         wanted = seen if window is None else {"attention": seen["attention"]}
+        if window is None:
+            yield from storage.operators(*(x.numpy() for x in first_head(seen["attention"])))
         for name, operands in wanted.items():
             kept = {k: v for k, v in operands.items() if not isinstance(v, LambdaWindow)}
             yield prefix + name.replace(".", "-"), kept
 
 
+def first_head(operands: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """The first KV head's queries, keys and values of an attention step as the fp16 cache on flash holds them."""
+    group = operands["q"].shape[0] // operands["k"].codes.shape[0]
+    q, k, v = ops.from_q16(operands["q"][:group, -1]), *(ops.dequantise_kv(operands[x])[0] for x in "kv")
+    return q.half(), k.half(), v.half()
+
+
 def write_all(directory: Path, checkpoint: Checkpoint | None, seeds: int = 2) -> list[Path]:
     """Write every file; the real run is left out without a checkpoint."""
-    sources: list[tuple[str, Iterator[tuple[str, Operands]], str]] = [("corners", operators(corners()), "")]
-    sources += [(f"seed{seed}", operators(seeded(seed)), "") for seed in range(seeds)]
+    origins = {"corners": (corners(), storage.corners())}
+    origins |= {f"seed{seed}": (seeded(seed), storage.seeded(seed)) for seed in range(seeds)}
+    sources: list[tuple[str, Iterator[tuple[str, Operands]], str]] = [
+        (origin, chain(operators(vectors), storage.operators(*head)), "")
+        for origin, (vectors, head) in origins.items()
+    ]
     if checkpoint is not None:
         sources.append(("real", real(checkpoint), checkpoint.sha256))
     paths = []

@@ -116,6 +116,8 @@ def flatten(operands: Mapping[str, Any], prefix: str = "") -> dict[str, np.ndarr
             found |= flatten(value._asdict(), f"{key}.")
         elif isinstance(value, torch.Tensor):
             found[key] = _integers(value)
+        elif isinstance(value, np.ndarray):
+            found[key] = value
         elif isinstance(value, int):
             found[key] = np.array(value, dtype=np.int64)
     return found

@@ -128,22 +128,12 @@ def _product_operands(name: str, operands: Mapping[str, Any], rows: int | None) 
     return {f"{name}/{key}": value.clone() for key, value in found.items() if value is not None}
 
 
-def _attention_operands(operands: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The first KV head's keys and values, as the fp16 cache on flash holds them, and its queries."""
-    from golden.ops import dequantise_kv, from_q16
-
-    group = operands["q"].shape[0] // operands["k"].codes.shape[0]
-    return {
-        "head/q": from_q16(operands["q"][:group, -1]).half(),
-        "head/k": dequantise_kv(operands["k"])[0].half(),
-        "head/v": dequantise_kv(operands["v"])[0].half(),
-    }
-
-
 def _capture(decoder: Any, ids: list[int], directory: Path) -> None:
     """Operands of the last token's step in layer `CAPTURE_LAYER`, and of the head."""
     import torch
     from safetensors.torch import save_file
+
+    from golden.vector_sets import first_head
 
     taken: dict[str, Tensor] = {}
 
@@ -153,7 +143,7 @@ def _capture(decoder: Any, ids: list[int], directory: Path) -> None:
         elif layer == CAPTURE_LAYER and operator in CAPTURED_LINEARS:
             taken.update(_product_operands(operator, operands, None))
         elif layer == CAPTURE_LAYER and operator == "attention":
-            taken.update(_attention_operands(operands))
+            taken.update(zip(("head/q", "head/k", "head/v"), first_head(operands)))
 
     cache = decoder.new_cache()
     decoder.forward(torch.tensor(ids[:-1]), cache, last_only=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 PRODUCTS = {"linear.k": "w4", "linear.o": "w4", "linear.down": "w4", "linear.head": "w8"}
 """Captured matrix products by weight format."""
 ENGINE = "small"
+DENSE_ARRAYS = ("q", "k", "v", "y")
 
 
 def first_difference(got: np.ndarray, wanted: np.ndarray) -> str | None:
@@ -40,10 +41,52 @@ def check(
     rows = []
     for name, weight_format in PRODUCTS.items():
         progress(f"{name} ({weight_format}) on the engine core")
-        rows.append(_product_row(name, weight_format, engine, stored))
+        part = {key.split("/")[1]: value for key, value in stored.items() if key.startswith(f"{name}/")}
+        rows.append(_product_row(name, weight_format, engine, part))
     progress("one attention head on the in-storage kernel")
-    rows.append(_head_row(stored))
+    from golden.storage.attention import dense
+
+    rows.append(_head_row(stored, dense(*(stored[f"head/{name}"] for name in "qkv"))))
     return rows
+
+
+def check_vectors(
+    paths: Sequence[Path], engine: str = ENGINE, progress: Callable[[str], None] = lambda _: None
+) -> list[dict[str, Any]]:
+    """The same rows for vector files of `make vectors`: matrix products and dense heads.
+
+    Raises `KVStrataError` for a file that is damaged or of another spec version, or of an operator that has no RTL run
+    of its own (those are held to the same golden operators by the block tests).
+    """
+    from golden.vectors import read_vectors
+
+    rows = []
+    for path in paths:
+        progress(f"{path.name} on the RTL")
+        stored = read_vectors(path)[1]
+        if set(DENSE_ARRAYS) == set(stored):
+            rows.append(_head_row({f"head/{name}": stored[name] for name in "qkv"}, stored["y"]))
+        elif path.name.startswith("product-"):
+            rows.append(_vector_product(path, engine, stored))
+        else:
+            raise KVStrataError(
+                f"vector files with an RTL run of their own are product-* and storage-dense-*, not {path.name}"
+            )
+        rows[-1]["name"] += f" ({path.name})"
+    return rows
+
+
+def _vector_product(path: Path, engine: str, stored: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    minimum = stored.get("weight.minimum")
+    part = {
+        "codes": stored["weight.codes"],
+        "scale": stored["weight.scale"] / 2**24,
+        "a_codes": stored["a8.codes"],
+        "a_mantissa": stored["a8.mantissa"],
+        "a_exponent": stored["a8.exponent"],
+        "y": stored["y"],
+    } | ({} if minimum is None else {"minimum": minimum / 2**24})
+    return _product_row("product", path.name.split("-")[1], engine, part)
 
 
 def _load(operands: Path) -> dict[str, np.ndarray]:
@@ -63,7 +106,7 @@ def _load(operands: Path) -> dict[str, np.ndarray]:
 
 
 def _product_row(
-    name: str, weight_format: str, engine: str, stored: Mapping[str, np.ndarray]
+    name: str, weight_format: str, engine: str, part: Mapping[str, np.ndarray]
 ) -> dict[str, Any]:
     import numpy as np
 
@@ -71,7 +114,6 @@ def _product_row(
     from golden.spec.formats import WEIGHT_FORMATS
     from sw_stack.rtl.matvec import run_matvec
 
-    part = {key.split("/")[1]: value for key, value in stored.items() if key.startswith(f"{name}/")}
     run = run_matvec(
         part["codes"],
         part["scale"],
@@ -81,12 +123,12 @@ def _product_row(
         WEIGHT_FORMATS[weight_format],
         ENGINE_CONFIGS[engine],
     )
-    difference = first_difference(run.outputs[0], part["y"].astype(np.int32))
+    difference = first_difference(run.outputs.reshape(part["y"].shape), part["y"].astype(np.int32))
     rows, inner = part["codes"].shape
     return {
         "name": f"engine matrix unit ({engine}), {name}",
         "shape": f"{rows} x {inner} {weight_format}",
-        "elements": rows,
+        "elements": run.outputs.size,
         "bit_exact": difference is None,
         "first_difference": difference,
         "cycles": run.cycles,
@@ -94,13 +136,14 @@ def _product_row(
     }
 
 
-def _head_row(stored: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    from golden.storage.attention import dense
+def _head_row(stored: Mapping[str, np.ndarray], wanted: np.ndarray) -> dict[str, Any]:
+    import numpy as np
+
     from sw_stack.rtl.attention import run_head
 
     q, k, v = (stored[f"head/{name}"] for name in "qkv")
     run = run_head(q, k, v)
-    difference = first_difference(run.output, dense(q, k, v))
+    difference = first_difference(run.output.view(np.uint16), wanted.view(np.uint16))
     return {
         "name": "in-storage attention kernel, one KV head",
         "shape": f"{len(q)} queries, {k.shape[0]} tokens x {k.shape[1]}",

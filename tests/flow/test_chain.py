@@ -86,29 +86,51 @@ def test_unchanged_inputs_run_nothing_again(summary):
 
 
 @pytest.mark.rtl
-def test_one_wrong_weight_is_found(operands, tmp_path):
+def test_one_wrong_weight_and_one_wrong_bit_of_an_outcome_are_found(operands, tmp_path):
     from safetensors.numpy import load_file, save_file
 
     stored = load_file(operands)
     stored["linear.o/codes"][7, 40] ^= 1
+    stored["linear.head/y"][100] += 1
     save_file(stored, tmp_path / "operands.safetensors")
-    rows = {row["name"]: row for row in rtl.check(tmp_path / "operands.safetensors", "tiny")}
-    wrong = [row for row in rows.values() if not row["bit_exact"]]
-    assert [row["name"] for row in wrong] == ["engine matrix unit (tiny), linear.o"]
-    assert wrong[0]["first_difference"].startswith("element [7]: RTL ")
-    assert wrong[0]["first_difference"].endswith("(1 of 576 differ)")
+    rows = rtl.check(tmp_path / "operands.safetensors", "tiny")
+    wrong = {row["name"].split()[-1]: row["first_difference"] for row in rows if not row["bit_exact"]}
+    assert set(wrong) == {"linear.o", "linear.head"}
+    assert wrong["linear.o"].startswith("element [7]: RTL ")
+    assert wrong["linear.o"].endswith("(1 of 576 differ)")
+    assert wrong["linear.head"].startswith("element [100]: RTL ")
+
+
+@pytest.fixture(scope="module")
+def vector_files(tmp_path_factory):
+    from golden.vector_sets import write_all
+
+    return write_all(tmp_path_factory.mktemp("vectors"), None, seeds=1)
 
 
 @pytest.mark.rtl
-def test_one_wrong_bit_of_the_outcome_is_found(operands, tmp_path):
-    from safetensors.numpy import load_file, save_file
+def test_vector_files_go_through_the_rtl(vector_files):
+    wanted = [p for p in vector_files if p.name.startswith(("product-w4", "product-w2s24", "storage-dense"))]
+    rows = rtl.check_vectors(wanted, "small")
+    assert [row["bit_exact"] for row in rows] == [True] * 6
+    with pytest.raises(KVStrataError, match=r"are product-\* and storage-dense-\*, not a8-corners\.npz"):
+        rtl.check_vectors([p for p in vector_files if p.name == "a8-corners.npz"])
 
-    stored = load_file(operands)
-    stored["linear.head/y"][100] += 1
-    save_file(stored, tmp_path / "operands.safetensors")
-    wrong = [row for row in rtl.check(tmp_path / "operands.safetensors", "tiny") if not row["bit_exact"]]
-    assert len(wrong) == 1
-    assert "element [100]" in wrong[0]["first_difference"]
+
+def test_a_vector_file_of_another_spec_version_is_one_sentence(vector_files, tmp_path):
+    import numpy as np
+
+    with np.load(vector_files[0]) as file:
+        arrays = dict(file)
+    header = json.loads(arrays["header"].tobytes()) | {"spec_version": "0"}
+    arrays["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
+    np.savez(tmp_path / "old.npz", **arrays)
+    result = subprocess.run(
+        [PROGRAM, "check-rtl", "--vectors", tmp_path / "old.npz"], capture_output=True, text=True, check=False
+    )
+    assert (result.returncode, result.stdout) == (1, "")
+    assert f"a vector file must be of spec version {SPEC_VERSION}, " in result.stderr.replace("\n", " ")
+    assert "Traceback" not in result.stderr
 
 
 def test_missing_operands_are_one_sentence(tmp_path):

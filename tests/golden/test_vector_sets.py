@@ -87,6 +87,40 @@ def test_attention_recomputes_by_the_page(files, origin, bits):
             assert expected == v["y"][head, t].tolist()
 
 
+@pytest.mark.parametrize("origin", ["seed0", "corners", "real"])
+def test_the_in_storage_blocks_recompute_by_other_means(files, origin):
+    at = lambda name: files[f"storage-{name}-{origin}"]  # noqa: E731
+    product, total = at("mul"), at("add")
+    native = torch.from_numpy(product["a"]).float() * torch.from_numpy(product["b"]).float()
+    finite = native.isfinite().numpy() & (native != 0).numpy()
+    assert np.array_equal(native.numpy()[finite].view(np.uint32), product["y"][finite])
+    a, b = (torch.from_numpy(total[name].view(np.float32).copy()) for name in "ab")
+    finite = (a + b).isfinite().numpy() & (a + b != 0).numpy()
+    assert np.array_equal((a + b).numpy()[finite].view(np.uint32), total["y"][finite])
+    topk = at("topk")
+    keys, window, k = topk["keys"], int(topk["window"]), int(topk["k"])
+    order = sorted(range(len(keys) - window), key=lambda i: (-keys[i], i))[: k - window]
+    assert topk["y"].tolist() == sorted(order) + list(range(len(keys) - window, len(keys)))
+    assert np.array_equal(at("sparf")["tokens"], topk["y"])
+    if origin != "corners":
+        dense = at("dense")
+        q, key, value = (torch.from_numpy(dense[name]).double() for name in "qkv")
+        wanted = torch.softmax(q @ key.T / q.shape[1] ** 0.5, -1) @ value
+        assert (torch.from_numpy(dense["y"]).double() - wanted).abs().max() < 4e-3 * value.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["k-token", "v-token", "k-channel"])
+def test_the_filter_passes_marked_entries_alone(files, kind):
+    page, mask, m = (files[f"storage-filter-{kind}-seed0"][name] for name in ("page", "mask", "m"))
+    passed, marked = files[f"storage-filter-{kind}-seed0"]["y"].reshape(-1), np.flatnonzero(mask)
+    if kind == "v-token":
+        groups = page.reshape(-1, 64, 16) * mask[: len(page) // 64].reshape(-1, 1, 16)
+        assert np.array_equal(passed, groups[[g for g in range(len(groups)) if groups[g].any()]].reshape(-1))
+    else:
+        row = len(page) // int(m) if m else 64
+        assert np.array_equal(passed, page.reshape(-1, row)[marked].reshape(-1))
+
+
 def test_the_real_layer_recomputes_from_its_files(files):
     names = {n.removesuffix("-real") for n in files if n.endswith("-real")}
     assert {"linear-q", "linear-down", "norm-attn", "kv", "attention", "gate", "lambda-attention"} <= names

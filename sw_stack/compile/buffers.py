@@ -84,14 +84,16 @@ class Buffers:
         vb = Allocator("vb", VB_BANKS, engine.vb_words // VB_BANKS)
         hidden, head = memory_map.row_words(model.hidden), model.head_size // lanes
         q_rows = model.heads * model.head_size
-        kv_rows = 2 * model.kv_heads * model.head_size
+        kv_rows = model.kv_heads * model.head_size
         slot_words = memory_map.row_words(memory_map.slots)
         self.x = vb.block("the residual stream", hidden, tokens, bank=0)
-        self.gateup = vb.block("gate and up", memory_map.row_words(2 * model.ffn), tokens, bank=2)
+        self.gate = vb.block("gate", memory_map.row_words(model.ffn), tokens, bank=2)
         self.scores = vb.block("attention scores", slot_words, self.queries, bank=3, buffers=2)
-        self.value_scales = vb.block("V scales", slot_words, model.kv_heads, bank=3)
-        self.q = vb.block("q", memory_map.row_words(q_rows), tokens, bank=1)
-        self.kv = vb.block("k and v", memory_map.row_words(kv_rows), tokens, bank=1)
+        self.up = vb.block("up", memory_map.row_words(model.ffn), tokens, bank=1)
+        self.value_scales = vb.block("V scales", slot_words, model.kv_heads, bank=0)
+        self.q = vb.block("q", memory_map.row_words(q_rows), tokens, bank=2)
+        self.k = vb.block("k", memory_map.row_words(kv_rows), tokens, bank=1)
+        self.v = vb.block("v", memory_map.row_words(kv_rows), tokens, bank=3)
         self.mixed = vb.block("the attention output", memory_map.row_words(q_rows), tokens, bank=0)
         self.normed = vb.block("the normalised input", hidden, tokens, bank=1)
         self.gated = vb.block("the gated product", model.ffn // lanes, tokens, bank=0)
@@ -115,15 +117,13 @@ class Buffers:
         self.q_scale = table.block("query scales", 1, all_queries)
 
 
-def logits_block(engine: EngineConfig, taken: int, rows: int) -> Block:
-    """Room for logits behind the `taken` first VB words; whole row blocks, as many as fit and are needed."""
+def logits_block(engine: EngineConfig, start: int, stop: int, rows: int) -> Block:
+    """Room for logits in VB words [start, stop): whole row blocks, as many as fit and are needed."""
     block_words = engine.lanes // engine.vector_lanes
-    fit = min((engine.vb_words - taken) // block_words, -(-rows // engine.lanes))
+    fit = min((stop - start) // block_words, -(-rows // engine.lanes))
     if fit < 1:
-        raise KVStrataError(
-            f"logits need {block_words} words of the vb buffer; got {engine.vb_words - taken}"
-        )
-    return Block("vb", taken, fit * block_words, 1)
+        raise KVStrataError(f"logits need {block_words} words of the vb buffer; got {max(0, stop - start)}")
+    return Block("vb", start, fit * block_words, 1)
 
 
 def attention_tokens(memory_map: MemoryMap, tokens: int) -> int:

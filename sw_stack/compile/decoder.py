@@ -25,8 +25,10 @@ Exponents = tuple[tuple[int, int], ...]
 EXPONENT_MASK = 63
 EVERY_SLOT = 0xFFFF
 GROUPS_PER_WORD = 2
-HEAD_PIECES = 8
-"""Pieces of the logits that fit the vector buffer."""
+HEAD_PIECES = 32
+"""Pieces of the logits, at least: the last one's way to memory is not hidden by another's product."""
+VALUE_PIECES = 4
+"""Most pieces in which V is quantised and stored in decode: every one costs instructions."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,12 @@ class Emitter:
     def write_qkv(self, layer: int) -> None:
         """q, then k and v, of every token to memory, for attention elsewhere."""
         region, width = self.map.regions["qkv"], self.model.heads * self.model.head_size
-        kv_width = 2 * self.model.kv_heads * self.model.head_size
-        for block, first, count in ((self.at.q, 0, width), (self.at.kv, width, kv_width)):
+        kv_width = self.model.kv_heads * self.model.head_size
+        for block, first, count in (
+            (self.at.q, 0, width),
+            (self.at.k, width, kv_width),
+            (self.at.v, width + kv_width, kv_width),
+        ):
             self.builder.emit(
                 Op.WRITE, f"layer {layer} q, k and v", [block.span()], [Span("qkv", first, first + count)],
                 addr=region.base + 4 * first, count=count // self.lanes, vectors=self.tokens, stride=region.stride,
@@ -99,29 +105,97 @@ class Emitter:
 
     # --- a layer
     def layer(self, layer: int) -> None:
-        """One decoder layer on the residual stream; k and v are stored while q is computed."""
-        self._key_value(layer)
-        self._append(layer)
-        self._query(layer)
+        """One decoder layer on the residual stream; k and v are stored while what follows them is computed."""
+        self._enter(layer)
+        if self.tokens == 1:
+            self._projections(layer)
+        else:
+            self._key(layer)
+            self._append(layer, "k", range(self.model.kv_heads))
+            self._value(layer)
+            self._append(layer, "v", range(self.model.kv_heads))
+            self._read_value_scales(layer, range(self.model.kv_heads))
+            self._query(layer, range(self.model.kv_heads))
         for first in range(0, self.tokens, self.attention_tokens):
             self._attention(layer, first, min(self.attention_tokens, self.tokens - first))
         self.after_attention(layer)
 
+    def _projections(self, layer: int) -> None:
+        """q, k and v of one token. V goes first, since it is the longest on its way to memory, and in pieces: a vector
+        instruction that quantises several heads would wait in the vector unit for each to be stored. Between them the
+        vector unit rotates and quantises what the array has ready."""
+        values, queries = self._pieces(VALUE_PIECES), self._query_pieces
+        self._value(layer)
+        self._store_values(layer, values[:1])
+        self._key(layer)
+        self._append(layer, "k", range(self.model.kv_heads))
+        self._query_product(layer, queries[0])
+        self._store_values(layer, values[1:2])
+        self._turn_queries(layer, queries[0])
+        self._store_values(layer, values[2:])
+        for heads in queries[1:]:
+            self._query_product(layer, heads)
+            self._turn_queries(layer, heads)
+
+    def _store_values(self, layer: int, pieces: list[range]) -> None:
+        for heads in pieces:
+            self._append(layer, "v", heads)
+            self._read_value_scales(layer, heads)
+
+    def _pieces(self, most: int) -> list[range]:
+        """KV heads in at most so many equal pieces."""
+        heads = self.model.kv_heads
+        size = -(-heads // most)
+        return [range(i, min(i + size, heads)) for i in range(0, heads, size)]
+
+    @property
+    def _query_pieces(self) -> list[range]:
+        """KV heads whose queries are computed together: all but the last piece, so that the vector unit works on them
+        while the array computes the rest; whole row blocks each."""
+        last = self._pieces(VALUE_PIECES)[-1]
+        rows = last.start * self.model.group * self.model.head_size
+        if last.start == 0 or rows % self.engine.lanes:
+            return [range(self.model.kv_heads)]
+        return [range(last.start), last]
+
     def before_attention(self, layer: int) -> None:
         """Norm, q, k and v, and their rotation, for attention elsewhere."""
-        self._key_value(layer)
-        self._query(layer)
+        self._enter(layer)
+        self._key(layer)
+        self._value(layer)
+        self._query(layer, range(self.model.kv_heads))
 
-    def _key_value(self, layer: int) -> None:
-        name = f"layer {layer}"
-        self._norm(layer * 2, f"{name} attention norm")
-        self._quantise(self.at.normed, self.model.hidden, f"{name} qkv input", fresh=1)
-        self._product(self.map.matrices[f"layers.{layer}.kv"], self.at.kv, f"{name} k and v")
-        self._rope(self.at.kv, self.model.kv_heads, f"{name} k")
+    def _enter(self, layer: int) -> None:
+        self._norm(layer * 2, f"layer {layer} attention norm")
+        self._quantise(self.at.normed, self.model.hidden, f"layer {layer} qkv input", fresh=1)
 
-    def _query(self, layer: int) -> None:
-        self._product(self.map.matrices[f"layers.{layer}.q"], self.at.q, f"layer {layer} q")
-        self._rope(self.at.q, self.model.heads, f"layer {layer} q")
+    def _key(self, layer: int) -> None:
+        self._product(self.map.matrices[f"layers.{layer}.k"], self.at.k, f"layer {layer} k")
+        self._rope(self.at.k, 0, self.model.kv_heads, f"layer {layer} k")
+
+    def _value(self, layer: int) -> None:
+        self._product(self.map.matrices[f"layers.{layer}.v"], self.at.v, f"layer {layer} v")
+
+    def _query(self, layer: int, heads: range) -> None:
+        self._query_product(layer, heads)
+        self._rope(
+            self.at.q, heads.start * self.model.group, len(heads) * self.model.group, f"layer {layer} q"
+        )
+
+    def _query_product(self, layer: int, heads: range) -> None:
+        """Queries of some KV heads."""
+        per_head = self.model.group * self.model.head_size
+        rows = range(heads.start * per_head, heads.stop * per_head)
+        self._product(self.map.matrices[f"layers.{layer}.q"], self.at.q, f"layer {layer} q", rows=rows)
+
+    def _turn_queries(self, layer: int, heads: range) -> None:
+        """Rotate and quantise queries of some KV heads: `fresh`, as the rotation wrote the same vectors just before."""
+        first, count = heads.start * self.model.group, len(heads) * self.model.group
+        self._rope(self.at.q, first, count, f"layer {layer} q")
+        self._emit_query(
+            f"layer {layer} queries", self.at.q.at(offset=first * self.head_words), self.head_words, count,
+            self.at.q8.at(first), self.at.q_scale.at(first), fresh=1,
+        )  # fmt: skip
 
     def after_attention(self, layer: int) -> None:
         """Output projection and feed-forward network, from `mixed` on."""
@@ -130,7 +204,8 @@ class Emitter:
         self._product(self.map.matrices[f"layers.{layer}.o"], self.at.x, f"{name} o", accumulate=1)
         self._norm(layer * 2 + 1, f"{name} ffn norm")
         self._quantise(self.at.normed, self.model.hidden, f"{name} gate and up input", fresh=1)
-        self._product(self.map.matrices[f"layers.{layer}.gateup"], self.at.gateup, f"{name} gate and up")
+        for part, block in (("gate", self.at.gate), ("up", self.at.up)):
+            self._product(self.map.matrices[f"layers.{layer}.{part}"], block, f"{name} {part}")
         self._gate(name)
         self._quantise(self.at.gated, self.model.ffn, f"{name} down input", fresh=1)
         self._product(self.map.matrices[f"layers.{layer}.down"], self.at.x, f"{name} down", accumulate=1)
@@ -159,55 +234,70 @@ class Emitter:
             dst=a8.base * GROUPS_PER_WORD, dst_stride=a8.words * GROUPS_PER_WORD, table=scale.base,
         )  # fmt: skip
 
-    def _product(self, matrix: Matrix, dst: Block, note: str, accumulate: int = 0) -> None:
-        blocks = -(-matrix.rows // self.engine.lanes)
-        out = [dst.span()]
-        self.builder.emit(Op.LOAD, f"{note} weights", addr=matrix.base, count=matrix.words, runs=1)
+    def _product(
+        self, matrix: Matrix, dst: Block, note: str, accumulate: int = 0, rows: range | None = None
+    ) -> None:
+        """A product, or some of its rows, from whole row blocks on, into their places of `dst`."""
+        total = -(-matrix.rows // self.engine.lanes)
+        rows = rows or range(matrix.rows)
+        start, blocks = rows.start // self.engine.lanes, -(-len(rows) // self.engine.lanes)
+        per_block = matrix.words // total
+        offset, size = rows.start // self.lanes, blocks * self.engine.lanes // self.lanes
+        out = [
+            Span("vb", dst.at(t, offset=offset), dst.at(t, offset=offset) + size) for t in range(self.tokens)
+        ]
+        self.builder.emit(
+            Op.LOAD, f"{note} weights", addr=matrix.base + start * per_block, count=blocks * per_block, runs=1
+        )
         self.builder.emit(
             Op.MATRIX, note,
             [self.at.a8.span(), self.at.linear_scale.span(), *(out if accumulate else [])], out,
             **_stream_fields(matrix.stream), accumulate=accumulate,
             count=blocks, steps=matrix.inner // matrix.stream.codes.step, vectors=self.tokens,
             addr=self.at.a8.base, stride=self.at.a8.words, table=self.at.linear_scale.base,
-            dst=dst.base, dst_stride=dst.words,
+            dst=dst.at(offset=offset), dst_stride=dst.words,
         )  # fmt: skip
 
-    def _rope(self, block: Block, heads: int, name: str) -> None:
-        """Rotate the first `heads` heads of every token in place."""
-        rope = self.at.rope
+    def _rope(self, block: Block, first: int, heads: int, name: str) -> None:
+        """Rotate `heads` heads of every token in place, from head `first` on."""
+        rope, offset = self.at.rope, first * self.head_words
         for t in range(self.tokens):
-            turned = Span("vb", block.at(t), block.at(t) + heads * self.head_words)
+            at = block.at(t, offset=offset)
+            turned = Span("vb", at, at + heads * self.head_words)
             self.builder.emit(
                 Op.ROPE, f"{name} rope of token {t}", [turned, rope.span(first=t, count=1)], [turned],
-                addr=block.at(t), stride=self.head_words, addr_b=rope.at(t), count=self.model.head_size,
-                vectors=heads, dst=block.at(t), dst_stride=self.head_words,
+                addr=at, stride=self.head_words, addr_b=rope.at(t), count=self.model.head_size,
+                vectors=heads, dst=at, dst_stride=self.head_words,
             )  # fmt: skip
 
     def _gate(self, name: str) -> None:
-        gateup, gated = self.at.gateup, self.at.gated
-        half = self.model.ffn // self.lanes
+        gate, up, gated = self.at.gate, self.at.up, self.at.gated
         self.builder.emit(
-            Op.GATE, f"{name} gate", [gateup.span()], [gated.span()],
-            addr=gateup.base, stride=gateup.words, addr_b=gateup.base + half, stride_b=gateup.words,
+            Op.GATE, f"{name} gate", [gate.span(), up.span()], [gated.span()],
+            addr=gate.base, stride=gate.words, addr_b=up.base, stride_b=up.words,
             count=self.model.ffn, vectors=self.tokens, dst=gated.base, dst_stride=gated.words,
         )  # fmt: skip
 
     # --- KV cache
-    def _append(self, layer: int) -> None:
-        """Quantise and store k, then v, of all KV heads; then fetch the V scales that attention needs."""
-        model = self.model
-        for kind in ("k", "v"):
-            if self.tokens == 1:
-                self._kv_quantise(layer, kind, 0, model.kv_heads, self.head_words)
-            for head in range(model.kv_heads):
-                if self.tokens > 1:
-                    self._kv_quantise(layer, kind, head, self.tokens, self.at.kv.words)
-                self._append_head(layer, kind, head)
+    def _append(self, layer: int, kind: str, heads: range) -> None:
+        """Quantise and store k or v of some KV heads."""
+        block = self.at.k if kind == "k" else self.at.v
+        if self.tokens == 1:
+            self._kv_quantise(layer, kind, block, heads.start, len(heads), self.head_words)
+        for head in heads:
+            if self.tokens > 1:
+                self._kv_quantise(layer, kind, block, head, self.tokens, block.words)
+            self._append_head(layer, kind, head)
+
+    def _read_value_scales(self, layer: int, heads: range) -> None:
+        """V scales of the whole context, the pass's own included."""
         block = self.at.value_scales
         self.builder.emit(
-            Op.READ, f"layer {layer} V scales", [Span(f"scales{layer}", 0, model.kv_heads)], [block.span()],
-            addr=self.map.value_scales(layer, 0), count=0, count_reg=R.SCALE_WORDS, vectors=model.kv_heads,
-            stride=self.map.regions["value_scales"].stride, dst=block.base, dst_stride=block.words,
+            Op.READ, f"layer {layer} V scales", [Span(f"scales{layer}", heads.start, heads.stop)],
+            [block.span(first=heads.start, count=len(heads))],
+            addr=self.map.value_scales(layer, heads.start), count=0, count_reg=R.SCALE_WORDS,
+            vectors=len(heads), stride=self.map.regions["value_scales"].stride, dst=block.at(heads.start),
+            dst_stride=block.words,
         )  # fmt: skip
 
     def _append_head(self, layer: int, kind: str, head: int) -> None:
@@ -232,13 +322,11 @@ class Emitter:
     def _kv_span(self, layer: int, kind: str, index: int) -> Span:
         return Span(f"{kind}{layer}", index, index + 1)
 
-    def _kv_quantise(self, layer: int, kind: str, head: int, vectors: int, stride: int) -> None:
+    def _kv_quantise(self, layer: int, kind: str, block: Block, head: int, vectors: int, stride: int) -> None:
         """`vectors` vectors from a head of the first token on, `stride` words apart, into the append stream."""
-        kv = self.at.kv
-        place = head + (self.model.kv_heads if kind == "v" else 0)
         self.builder.emit(
-            Op.KVQUANT, f"layer {layer} quantise {kind}", [kv.span()],
-            addr=kv.at(offset=place * self.head_words), stride=stride, count=self.model.head_size,
+            Op.KVQUANT, f"layer {layer} quantise {kind}", [block.span()],
+            addr=block.at(offset=head * self.head_words), stride=stride, count=self.model.head_size,
             vectors=vectors, bits=self.map.kv_layout.bits,
         )  # fmt: skip
 
@@ -252,30 +340,20 @@ class Emitter:
 
     def _attention(self, layer: int, first: int, count: int) -> None:
         """Attention of tokens [first, first + count) of the pass, block of KV heads by block."""
-        if self.tokens == 1:
-            self._quantise_all_queries(layer)
-        per_block = self.map.kv_layout.heads_per_block
-        heads = range(self.model.kv_heads)
-        blocks = [heads[i : i + per_block] for i in range(0, len(heads), per_block)]
-        pending: tuple[int, range] | None = None
-        for index, block in enumerate(blocks):
-            for place, head in enumerate(block):
-                if self.tokens > 1:
-                    self._quantise_queries(layer, head, first, count)
-                self._keys(layer, head, count)
-                if place == 0 and pending is not None:
-                    self._values(layer, *pending, first, count)
-                self._softmax(layer, head, first, count, index, place)
-            pending = index, block
-        assert pending is not None
-        self._values(layer, *pending, first, count)
+        per_block, heads = self.map.kv_layout.heads_per_block, self.model.kv_heads
+        self._scores(layer, 0, first, count)
+        for head in range(heads):
+            if head + 1 < heads:
+                self._scores(layer, head + 1, first, count)
+            block, place = divmod(head, per_block)
+            self._softmax(layer, head, first, count, block, place)
+            if place == per_block - 1 or head == heads - 1:
+                self._values(layer, block, range(block * per_block, head + 1), first, count)
 
-    def _quantise_all_queries(self, layer: int) -> None:
-        """Behind the rotation that wrote the same vectors."""
-        self._emit_query(
-            f"layer {layer} queries", self.at.q.base, self.head_words, self.model.heads, self.at.q8.base,
-            self.at.q_scale.base, fresh=1,
-        )  # fmt: skip
+    def _scores(self, layer: int, head: int, first: int, count: int) -> None:
+        if self.tokens > 1:
+            self._quantise_queries(layer, head, first, count)
+        self._keys(layer, head, count)
 
     def _quantise_queries(self, layer: int, head: int, first: int, count: int) -> None:
         """Queries of one KV head, ordered token, then query head, as the array passes them."""
@@ -295,8 +373,9 @@ class Emitter:
         self, note: str, addr: int, stride: int, vectors: int, word: int, table: int, fresh: int = 0
     ) -> None:
         words = self.at.q8.words
+        read = [Span("vb", addr + v * stride, addr + v * stride + self.head_words) for v in range(vectors)]
         self.builder.emit(
-            Op.QUANT, note, [self.at.q.span()],
+            Op.QUANT, note, read,
             [Span("act", word, word + vectors * words), Span("table", table, table + vectors)],
             addr=addr, stride=stride, count=self.model.head_size, vectors=vectors,
             dst=word * GROUPS_PER_WORD, dst_stride=words * GROUPS_PER_WORD, table=table,
@@ -404,9 +483,9 @@ def head_program(memory_map: MemoryMap, norms: Exponents, tokens: int) -> list[I
     matrix = memory_map.matrices["head"]
     builder = Builder()
     x = Block("vb", 0, hidden, tokens)
-    weight = Block("vb", tokens * hidden, hidden, 1)
-    normed = Block("vb", (tokens + 1) * hidden, hidden, 1)
-    logits = logits_block(engine, (tokens + 2) * hidden, matrix.rows)
+    normed = Block("vb", tokens * hidden, hidden, 1)
+    weight = Block("vb", engine.vb_words - hidden, hidden, 1)
+    logits = logits_block(engine, (tokens + 1) * hidden, engine.vb_words - hidden, matrix.rows)
     a8 = Block("act", 0, -(-model.hidden // 64), 1)
     table = Span("table", 0, 1)
     final = 2 * model.layers

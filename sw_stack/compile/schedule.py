@@ -1,40 +1,23 @@
 """Predicted cycles of a program: when each instruction starts and ends, unit by unit.
 
-Durations are the closed forms of `hw.timing` (matrix unit) and `hw.engine.sfu.timing` (vector unit), which the RTL is
-held against; what they do not cover (memory units) is counted from bytes, bursts and one memory latency. Queues are in
-order, tokens pair k-th with k-th, and an instruction can enter its queue only when it was fetched and one of the
-queue's places is free. Words of LOAD reach the array as a stream that may run ahead by the depth of its FIFO.
+The units' own times are `sw_stack.compile.cycles`; this module fetches, queues and pairs tokens as the controller does.
+Queues are in order, tokens pair k-th with k-th, an instruction leaves the fetcher one per cycle and waits there while
+its unit's queue is full, and a unit works on at most `IN_FLIGHT` operations.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
-from golden.spec.engine import (
-    INSTRUCTION_BYTES,
-    STEP,
-    WORD_BYTES,
-    Codes,
-    EngineConfig,
-    Op,
-    StreamFormat,
-    Unit,
-)
+from golden.spec.engine import Codes, EngineConfig, Op, StreamFormat, Unit
 from sw_stack.compile.builder import Instruction
+from sw_stack.compile.memory import MemoryTiming
 from sw_stack.compile.program import Program
 
-QUEUE_DEPTH = 8
-"""Operations that wait in front of a unit (hw/engine/queue.py)."""
-
-
-@dataclass(frozen=True)
-class MemoryTiming:
-    """Memory as the schedule sees it: cycles from a request to its first word, words per cycle of a channel."""
-
-    latency_cycles: int = 40
-    words_per_cycle: float = 1.0
+if TYPE_CHECKING:
+    from sw_stack.compile.cycles import ArrayOp, Ports
 
 
 @dataclass(frozen=True)
@@ -43,6 +26,7 @@ class Slot:
 
     index: int
     unit: Unit
+    op: Op
     note: str
     start: int
     end: int
@@ -51,7 +35,7 @@ class Slot:
 
 @dataclass
 class Schedule:
-    """All instructions of a run, and the cycle in which HALT raises the interrupt."""
+    """All instructions of a run, and the CYCLES that the controller counts until HALT raises the interrupt."""
 
     slots: list[Slot]
     cycles: int
@@ -78,96 +62,126 @@ def schedule(
     program: Program, config: EngineConfig, registers: dict[int, int], memory: MemoryTiming | None = None
 ) -> Schedule:
     """Predict a run of `program` with the given scalar registers."""
-    return _Scheduler(config, memory or MemoryTiming()).run(list(program.instructions), registers)
+    from sw_stack.compile.cycles import Ports
+
+    ports = Ports.of(memory or MemoryTiming())
+    _Scheduler(config, ports).run(program, registers)
+    return _Scheduler(config, Ports.of(ports.load.memory, ports)).run(program, registers)
 
 
 class _Scheduler:
-    def __init__(self, config: EngineConfig, memory: MemoryTiming) -> None:
-        self.config, self.memory = config, memory
-        self.free: dict[Unit, int] = dict.fromkeys(Unit, 0)
+    def __init__(self, config: EngineConfig, ports: Ports) -> None:
+        from sw_stack.compile import cycles
+
+        self.config = config
+        self.words = cycles.WordStream(config, ports.load)
+        self.array = cycles.Array(config, self.words)
+        self.append = cycles.Append(config, ports.append)
+        self.dma = cycles.Dma(config, ports.dma)
+        self.records = cycles.Records()
+        self.fetch = cycles.Fetch(ports.fetch)
+        self.jobs: list[cycles.Job] = []
         self.starts: dict[Unit, list[int]] = {u: [] for u in Unit}
+        self.ends: dict[Unit, list[int]] = {u: [] for u in Unit}
         self.signals: dict[tuple[Unit, Unit], list[int]] = defaultdict(list)
         self.takes: dict[tuple[Unit, Unit], list[int]] = defaultdict(list)
-        self.words = 0.0
-        """Cycle in which the last word asked for so far reaches its FIFO."""
-        self.records = 0
-        """Cycle in which the last quantised K or V vector is out."""
-        self.stream: list[tuple[float, float]] = []
-        """First and last arrival of each LOAD that MATRIX has not taken."""
 
-    def run(self, instructions: list[Instruction], registers: dict[int, int]) -> Schedule:
+    def run(self, program: Program, registers: dict[int, int]) -> Schedule:
         slots: list[Slot] = []
-        busy: dict[Unit, int] = dict.fromkeys(Unit, 0)
-        fetched = self.memory.latency_cycles
-        per_word = WORD_BYTES // INSTRUCTION_BYTES
-        for index, instruction in enumerate(instructions):
+        order: list[int] = []
+        for index, instruction in enumerate(program.instructions):
             unit = instruction.unit
-            fetched = max(fetched + (index % per_word == 0), 0)
             if unit is None:
                 break
-            started = self.starts[unit]
-            if len(started) > QUEUE_DEPTH:
-                fetched = max(fetched, started[-QUEUE_DEPTH - 1])
-            start, why = max((self.free[unit], unit.name.lower()), (fetched, "fetch"))
-            for other in (u for u in Unit if instruction.wait >> u & 1):
-                pair = (other, unit)
-                given = self.signals[pair][len(self.takes[pair])]
-                if given > start:
-                    start, why = given, other.name.lower()
-                self.takes[pair].append(start)
+            queued = self.fetch.queued(program.base, index, self.starts[unit])
+            start, why = self._ready(unit, queued)
+            start, why = self._tokens(instruction, unit, start, why)
             fields = _with_registers(instruction, registers)
-            start, end, why = self._execute(instruction.op, fields, start, why)
-            started.append(start)
-            busy[unit] += min(end, self.free[unit]) - start
+            done = self._execute(instruction.op, fields, start)
+            self.starts[unit].append(start)
+            self.ends[unit].append(done)
+            slots.append(Slot(index, unit, instruction.op, instruction.note, start, done + 1, why))
+            order.append(len(self.ends[unit]) - 1)
             for other in (u for u in Unit if instruction.signal >> u & 1):
-                self.signals[unit, other].append(end)
-            slots.append(Slot(index, unit, instruction.note, start, end, why))
-        finish = max((s.end for s in slots), default=fetched)
-        return Schedule(slots, finish + 1, busy, self._most_tokens())
+                self.signals[unit, other].append(len(self.ends[unit]) - 1)
+        slots = [self._final(s, n) for s, n in zip(slots, order)]
+        return Schedule(slots, self._end(slots, program), self._busy(slots), self._most_tokens())
 
-    def _execute(self, op: Op, f: dict[str, int], start: int, why: str) -> tuple[int, int, str]:
-        """(start, end, reason of waiting) and the unit's next free cycle."""
-        unit = Unit(op >> 4)
-        if op is Op.LOAD:
-            words = f["count"] * f["runs"]
-            first = max(start + self.memory.latency_cycles, self.words)
-            self.words = first + words / self.memory.words_per_cycle
-            self.stream.append((first, self.words))
-            end = max(start + 1, int(self.words) - self.memory.latency_cycles - self.config.fifo_words)
-        elif op is Op.MATRIX:
-            first, last = self.stream.pop(0)
-            if first > start:
-                start, why = int(first), "weights"
-            cycles, array = matrix_time(self.config, *_product_key(f))
-            end = max(start + cycles, int(last) + cycles - array)
-            self.free[unit] = max(start + array, int(last))
-            return start, end, why
-        elif op in (Op.READ, Op.WRITE):
-            beats = -(-f["count"] * 4 * self.config.vector_lanes // WORD_BYTES) * f["vectors"]
-            end = start + self.memory.latency_cycles + beats
-        elif op in (Op.APPEND_K, Op.APPEND_V):
-            end = max(start, self.records) + self._append_cycles(op, f)
+    def _ready(self, unit: Unit, queued: int) -> tuple[int, str]:
+        """First cycle in which the unit takes another operation, and what it waits for until then."""
+        from hw.engine.queue import IN_FLIGHT
+
+        ends = self.ends[unit]
+        if unit is Unit.LOAD:
+            free = self.words.free
+        elif unit is Unit.MATRIX:
+            free = self.array.free
         else:
-            end = start + vector_time(
-                op, self.config.vector_lanes, f["count"], f["vectors"], bool(f.get("fresh", 0))
-            )
-            if op is Op.KVQUANT:
-                self.records = end
-        self.free[unit] = end
-        return start, end, why
+            free = self._done(unit, -1) + 1 if ends else 0
+        if len(ends) >= IN_FLIGHT:
+            free = max(free, self._done(unit, -IN_FLIGHT) + 1)
+        return max((free, unit.name.lower()), (queued, "fetch"))
 
-    def _append_cycles(self, op: Op, f: dict[str, int]) -> int:
-        """Bursts in order, one memory latency each for the read and the write of a value tile."""
-        pieces = f["bits"] // 2 * f["head_size"] // STEP
-        if op is Op.APPEND_K:
-            return self.memory.latency_cycles + f["count"] * (1 + pieces)
-        rows = f["head_size"] // self.config.lanes_per_channel
-        return f["count"] * (2 * self.memory.latency_cycles + max(1, rows // self.config.channels) * 2)
+    def _done(self, unit: Unit, index: int) -> int:
+        """`done` of a unit's operation: a LOAD waits for room, the vector unit's last one may still send records."""
+        if unit is Unit.LOAD:
+            return self.jobs[index].handed
+        if unit is Unit.VECTOR and index in (-1, len(self.ends[unit]) - 1) and self.records.held:
+            self.ends[unit][-1] = max(self.ends[unit][-1], self.records.done)
+        return self.ends[unit][index]
+
+    def _final(self, slot: Slot, index: int) -> Slot:
+        """A slot with what later instructions decided: a LOAD's room, the consumer of a KVQUANT."""
+        start = self.jobs[index].start if slot.unit is Unit.LOAD else slot.start
+        return replace(slot, start=start, end=self._done(slot.unit, index) + 1)
+
+    def _tokens(self, instruction: Instruction, unit: Unit, start: int, why: str) -> tuple[int, str]:
+        for other in (u for u in Unit if instruction.wait >> u & 1):
+            pair = (other, unit)
+            given = self._done(other, self.signals[pair][len(self.takes[pair])]) + 1
+            if given > start:
+                start, why = given, other.name.lower()
+            self.takes[pair].append(start)
+        return start, why
+
+    def _execute(self, op: Op, f: dict[str, int], start: int) -> int:
+        """Cycle of `done`."""
+        from sw_stack.compile import cycles
+
+        if op is Op.LOAD:
+            self.jobs.append(self.words.load(start, f["addr"], f["count"], f["runs"], f["stride"]))
+            return start
+        if op is Op.MATRIX:
+            return self.array.run(start, _array_op(self.config, f))
+        if op in (Op.READ, Op.WRITE):
+            return self.dma.run(start, f, op is Op.WRITE)
+        if op in (Op.APPEND_K, Op.APPEND_V):
+            return self.append.run(start, f, op is Op.APPEND_V, self.records)
+        lanes = self.config.vector_lanes
+        if op is Op.KVQUANT:
+            self.records = cycles.Records.of(start, lanes, f["count"], f["vectors"])
+        return start + cycles.vector_cycles(op, lanes, f["count"], f["vectors"], bool(f.get("fresh", 0)))
+
+    def _end(self, slots: list[Slot], program: Program) -> int:
+        """HALT acts in the cycle in which it is fetched and every queue is seen empty; that cycle counts."""
+        halted = self.fetch.queued(program.base, len(slots), []) - 1
+        return max([halted, *(self._done(u, len(e) - 1) + 1 for u, e in self.ends.items() if e)]) + 1
+
+    def _busy(self, slots: list[Slot]) -> dict[Unit, int]:
+        """Cycles in which a unit holds an operation."""
+        busy: dict[Unit, int] = dict.fromkeys(Unit, 0)
+        until: dict[Unit, int] = dict.fromkeys(Unit, 0)
+        for slot in slots:
+            busy[slot.unit] += max(0, slot.end - max(slot.start, until[slot.unit]))
+            until[slot.unit] = max(until[slot.unit], slot.end)
+        return busy
 
     def _most_tokens(self) -> int:
         most = 0
-        for pair, given in self.signals.items():
-            events = sorted([(t, 1) for t in given] + [(t, -1) for t in self.takes[pair]])
+        for (unit, other), given in self.signals.items():
+            events = sorted(
+                [(self._done(unit, i) + 1, 1) for i in given] + [(t, -1) for t in self.takes[unit, other]]
+            )
             held = 0
             for _, change in events:
                 held += change
@@ -176,36 +190,17 @@ class _Scheduler:
 
 
 def _with_registers(instruction: Instruction, registers: dict[int, int]) -> dict[str, int]:
-    fields = dict.fromkeys(("count", "addr", "vectors", "bits"), 0) | instruction.values
+    fields = dict.fromkeys(("count", "addr", "vectors", "bits", "stride"), 0) | instruction.values
     for name in ("addr", "count"):
         fields[name] += registers.get(fields.get(f"{name}_reg", 0), 0)
     return fields
 
 
-def _product_key(f: dict[str, int]) -> tuple[int, ...]:
-    names = ("codes", "scaled", "minimum", "offset", "group_steps", "values", "count", "steps", "vectors")
-    return (*(f.get(n, 0) for n in names), f.get("vec_rows", 0) if f.get("vec_group", 0) else 0)
+def _array_op(config: EngineConfig, f: dict[str, int]) -> ArrayOp:
+    from sw_stack.compile.cycles import ArrayOp
 
-
-@lru_cache(maxsize=4096)
-def matrix_time(
-    config: EngineConfig, codes: int, scaled: int, minimum: int, offset: int, group_steps: int,
-    values: int, count: int, steps: int, vectors: int, rows: int,
-) -> tuple[int, int]:  # fmt: skip
-    """(cycles to `done`, cycles until the array can take the next product)."""
-    from hw.timing import Product, matrix_cycles
-
-    stream = StreamFormat(Codes(codes), bool(scaled), bool(minimum), bool(offset), group_steps)
-    blocks, steps = (steps, count) if values else (count, steps)
-    groups = rows // config.vector_lanes
-    cycles = matrix_cycles(config, Product(stream, blocks, steps, vectors, groups))
-    array = blocks * max(steps * vectors, stream.words_per_block(config, steps))
-    return cycles, min(array, cycles)
-
-
-@lru_cache(maxsize=4096)
-def vector_time(op: Op, lanes: int, count: int, vectors: int, fresh: bool) -> int:
-    """Cycles of a vector instruction, no port stalling."""
-    from hw.engine.sfu.timing import instruction_cycles
-
-    return instruction_cycles(op, lanes, count, vectors, fresh=fresh)
+    scaled, minimum, offset = (bool(f.get(name, 0)) for name in ("scaled", "minimum", "offset"))
+    stream = StreamFormat(Codes(f.get("codes", 0)), scaled, minimum, offset, f.get("group_steps", 0))
+    blocks, steps = (f["steps"], f["count"]) if f.get("values", 0) else (f["count"], f["steps"])
+    rows = f.get("vec_rows", 0) if f.get("vec_group", 0) else config.lanes
+    return ArrayOp(stream, blocks, steps, f["vectors"], rows // config.vector_lanes)

@@ -71,15 +71,6 @@ def _half_bits(values: torch.Tensor) -> np.ndarray:
     return values.numpy().astype("<f2").view(np.uint16)
 
 
-def _joined(parts: list[Fields]) -> Fields:
-    def join(arrays: list[np.ndarray | None]) -> np.ndarray | None:
-        found = [a for a in arrays if a is not None]
-        return np.concatenate(found) if found else None
-
-    codes = np.concatenate([p.codes for p in parts])
-    return Fields(codes, *(join([getattr(p, f) for p in parts]) for f in ("scale", "minimum", "pattern")))
-
-
 def pack_model(
     directory: str | Path,
     memory_map: MemoryMap,
@@ -147,19 +138,14 @@ def _create(path: Path, size: int) -> np.memmap:
 
 
 def _matrix_fields(matrix: Matrix, weights: Weights) -> Fields:
-    parts = []
-    for name in matrix.sources:
-        weight = weights(name)
-        if weight.shape[1] != matrix.inner or weight.format != matrix.format:
-            raise KVStrataError(
-                f"{name} must be {matrix.inner} wide in {matrix.format.name} groups of {matrix.format.group}; "
-                f"got {weight.shape[1]} in {weight.format.name} groups of {weight.format.group}"
-            )
-        parts.append(stored_fields(weight))
-    fields = _joined(parts)
-    if len(fields.codes) != matrix.rows:
-        raise KVStrataError(f"{matrix.name} must have {matrix.rows} rows; got {len(fields.codes)}")
-    return fields
+    weight = weights(matrix.name)
+    if tuple(weight.shape) != (matrix.rows, matrix.inner) or weight.format != matrix.format:
+        raise KVStrataError(
+            f"{matrix.name} must be {matrix.rows} x {matrix.inner} in {matrix.format.name} groups of "
+            f"{matrix.format.group}; got {weight.shape[0]} x {weight.shape[1]} in {weight.format.name} groups of "
+            f"{weight.format.group}"
+        )
+    return stored_fields(weight)
 
 
 def _aux_image(memory_map: MemoryMap, norms: list[ops.NormWeight]) -> np.ndarray:

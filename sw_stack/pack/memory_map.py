@@ -26,17 +26,16 @@ PAGE_BYTES = 4096
 """Regions start on AXI burst boundaries."""
 CHUNK_TOKENS = 16
 """Most tokens of one prefill pass, whose inputs have room in auxiliary memory."""
-FUSED = {"kv": ("k", "v"), "q": ("q",), "o": ("o",), "gateup": ("gate", "up"), "down": ("down",)}
-"""Matrices that one instruction computes: rows of their tensors behind each other. k and v come first, so that
-they are quantised and appended while q is computed."""
+PRODUCTS = ("k", "v", "q", "o", "gate", "up", "down")
+"""A layer's matrices in the order in which they stream. k and v come first, so that they are quantised and appended
+while q is computed."""
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """One product's weights: `rows` of the tensors `sources` behind each other, `inner` wide."""
+    """One product's weights, the tensor `name`: `rows` rows, `inner` wide."""
 
     name: str
-    sources: tuple[str, ...]
     rows: int
     inner: int
     format: WeightFormat
@@ -122,26 +121,27 @@ class MemoryMap:
     # --- channels
     @cached_property
     def matrices(self) -> dict[str, Matrix]:
-        """Every product by name (`layers.{i}.{kv,q,o,gateup,down}`, `head`), in address order."""
+        """Every product by name (`layers.{i}.{k,v,q,o,gate,up,down}`, `head`), in address order."""
         found: dict[str, Matrix] = {}
         base = 0
-        for name, sources, rows, inner, fmt in self._products():
+        for name, rows, inner, fmt in self._products():
             words = matrix_words(self.engine, weight_stream(fmt.name, fmt.group), rows, inner)
-            found[name] = Matrix(name, sources, rows, inner, fmt, base, words)
+            found[name] = Matrix(name, rows, inner, fmt, base, words)
             base += words
         return found
 
-    def _products(self) -> Iterator[tuple[str, tuple[str, ...], int, int, WeightFormat]]:
+    def _products(self) -> Iterator[tuple[str, int, int, WeightFormat]]:
         shapes = self.model.linear_shapes()
         for layer in range(self.model.layers):
-            for name, parts in FUSED.items():
-                inner = shapes[parts[0]][1]
-                fmt = fitting_group(WEIGHT_FORMATS[self.weights], inner)
-                rows = sum(shapes[part][0] for part in parts)
-                sources = tuple(f"layers.{layer}.{part}" for part in parts)
-                yield f"layers.{layer}.{name}", sources, rows, inner, fmt
-        head = fitting_group(W8, self.model.hidden)
-        yield "head", ("head",), self.model.vocab, self.model.hidden, head
+            for name in PRODUCTS:
+                rows, inner = shapes[name]
+                yield (
+                    f"layers.{layer}.{name}",
+                    rows,
+                    inner,
+                    fitting_group(WEIGHT_FORMATS[self.weights], inner),
+                )
+        yield "head", self.model.vocab, self.model.hidden, fitting_group(W8, self.model.hidden)
 
     @property
     def weight_words(self) -> int:

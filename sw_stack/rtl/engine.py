@@ -8,11 +8,12 @@ import tempfile
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from golden.spec import KVStrataError
-from golden.spec.engine import Counter, EngineConfig, Error, Reg, State
+from golden.spec.engine import Counter, EngineConfig, Error, Reg, State, Unit
 from golden.spec.memory import MemoryModel
 
 WATCHDOG_CYCLES = 20_000
@@ -32,6 +33,23 @@ class EngineRun:
     counters: dict[str, int]
     channel_bytes_read: int
     channel_bytes_written: int
+
+
+class Event(NamedTuple):
+    """An operation inside a unit: taken in cycle `start`, `done` in cycle `end`. Cycle 0 is the first that counts."""
+
+    unit: Unit
+    start: int
+    end: int
+
+
+def _events(raw: np.ndarray) -> list[Event]:
+    """Operations by unit, in order, from records (cycle, units that took one, units that ended one)."""
+    found: list[Event] = []
+    for unit in Unit:
+        starts, ends = (raw[(raw[:, column] >> unit & 1) == 1, 0] for column in (1, 2))
+        found += [Event(unit, int(s), int(e)) for s, e in zip(starts, ends)]
+    return found
 
 
 @cache
@@ -116,6 +134,14 @@ class EngineProcess:
         path = self._path("out.bin")
         self.command(f"peek {channel} {address} {size} {path}")
         return np.fromfile(path, np.uint8)
+
+    def profile(self, on: bool = True) -> None:
+        """Record what units start and end in every run from now on, or stop that."""
+        self.command(f"profile {self._path('events.bin')}" if on else "profile")
+
+    def events(self) -> list[Event]:
+        """The operations of the last run, unit by unit in order; a profile must have been on."""
+        return _events(np.fromfile(self._path("events.bin"), "<i4").reshape(-1, 3))
 
     def set(self, register: int, value: int) -> None:
         """Write a host register."""

@@ -84,7 +84,7 @@ def test_a_corrupted_weight_changes_the_bits(machines):
     try:
         path = device.engine._path("channel.bin")
         image = np.array(machine.image.channel(0)).reshape(-1).copy()
-        start = (machine.programs.map.matrices["layers.0.gateup"].base + 1) * WORD_BYTES
+        start = (machine.programs.map.matrices["layers.0.gate"].base + 1) * WORD_BYTES
         image[start : start + WORD_BYTES] ^= 0xFF
         path.write_bytes(image.tobytes())
         device.engine.map_channel(0, path)
@@ -149,7 +149,7 @@ def test_faults_stop_with_code_and_address_and_leave_the_engine_usable(device, m
 @pytest.mark.parametrize("response", [2, 3])
 def test_a_bus_error_is_a_fault_with_a_sentence(machines, response):
     machine = machines()
-    base = machine.programs.map.matrices["layers.0.gateup"].base * WORD_BYTES
+    base = machine.programs.map.matrices["layers.0.gate"].base * WORD_BYTES
     model = MemoryModel("fixed", latency_cycles=9, error_address=base, error_response=response)
     device = RtlDevice(machine.image, model)
     try:

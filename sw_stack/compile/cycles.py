@@ -1,0 +1,467 @@
+"""Cycles of the engine's units beside each other, from the RTL's own structure; no constant here is fitted.
+
+What a unit does is a recurrence over its items (bursts, words, steps, row blocks, vectors): an item moves in the first
+cycle in which everything that the RTL asks of it holds. Register stages are the classes' own `latency` values where
+they have one; the others are named where they are used. Cycle 0 is the first one in which a run's CYCLES counts. A
+cycle named here is the one in which a transfer happens; what it changes is visible in the next.
+
+Not modelled: two units on one bank of the vector buffer in one cycle (the compiler gives them different banks), and
+single beats of the APPEND unit that delay a LOAD on their channel. Two masters of one port (LOAD and APPEND, fetcher
+and DMA) see each other's bursts from the pass before: the prediction is made twice.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import NamedTuple
+
+from golden.spec.engine import STEP, WORD_BYTES, Codes, EngineConfig, Op, StreamFormat
+from golden.spec.memory import MAX_BURST_BEATS
+from hw.engine.decoder import PATTERN_WORDS
+from hw.engine.fetch import FIFO_BEATS, PER_WORD
+from hw.engine.mem.address import AddressGenerator
+from hw.engine.mem.append_ports import WordWriter
+from hw.engine.mem.reader import ReadChannel
+from hw.engine.mem.striped import BURST_QUEUE
+from hw.engine.mem.writer import WriteChannel
+from hw.engine.queue import QUEUE_DEPTH, UnitQueue
+from hw.engine.sfu.timing import instruction_cycles
+from hw.engine.sfu.unit import SETTLE_WORDS
+from hw.timing import DRAIN_END, DRAIN_START
+from sw_stack.compile.memory import MemoryTiming
+
+FIFO_OUT = ReadChannel.latency - 1
+"""From a beat on the bus to the head of the prefetch FIFO."""
+ADDRESS = 1
+"""From a burst's transfer into a channel to its address on the bus."""
+
+
+def bursts(address_words: int, beats: int) -> Iterator[int]:
+    """Beats of each burst of a row: cut at multiples of the longest burst."""
+    while beats > 0:
+        taken = min(beats, MAX_BURST_BEATS - address_words % MAX_BURST_BEATS)
+        yield taken
+        address_words += taken
+        beats -= taken
+
+
+class ReadPort:
+    """One master's view of a memory's read side: bursts are answered in the order of their addresses, at its rate.
+
+    `others`: what another master asked of the same memory in an earlier pass of the prediction.
+    """
+
+    def __init__(self, memory: MemoryTiming, others: ReadPort | None = None) -> None:
+        self.memory = memory
+        self._others = others
+        self._accepted: list[int] = []
+        self._free: list[float] = []
+        """Cycle behind the last beat of each burst, or of an earlier one that ends later."""
+
+    def read(self, accepted: int, beats: int) -> float:
+        """Cycle of a burst's first beat; `accepted` is the address's transfer. Calls need not be in that order."""
+        place = bisect_right(self._accepted, accepted)
+        first = max(float(accepted + self.memory.latency_cycles), self._behind(accepted))
+        self._accepted.insert(place, accepted)
+        self._free.insert(place, first + beats / self.memory.words_per_cycle)
+        return first
+
+    def alone(self) -> ReadPort:
+        """The same reads without the other master's, for the next pass."""
+        self._others = None
+        return self
+
+    def _behind(self, accepted: int) -> float:
+        """When the bursts before an address are answered."""
+        place = bisect_right(self._accepted, accepted)
+        own = self._free[place - 1] if place else 0.0
+        return max(own, self._others._behind(accepted)) if self._others else own
+
+
+# --- LOAD and MATRIX ---------------------------------------------------------------------------------------
+class _Burst(NamedTuple):
+    beats: int
+    need: int
+    """Words that must have left the FIFO before this burst has room."""
+
+
+@dataclass
+class Job:
+    """A LOAD on its way: its bursts and how far they are. `handed`, of the last burst, is the cycle of `done`."""
+
+    start: int
+    left: Iterator[_Burst]
+    staged: int = -1
+    checked: int = -1
+    handed: int = -1
+    next: _Burst | None = None
+
+
+class WordStream:
+    """LOAD: descriptors to bursts to words in the FIFOs; the array takes them in order."""
+
+    def __init__(self, config: EngineConfig, port: ReadPort) -> None:
+        self._fifo, self._port = config.fifo_words, port
+        self._interval = 1 / port.memory.words_per_cycle
+        self._words = 0
+        self._arrived: list[float] = []
+        self.taken: list[int] = []
+        """Cycle in which the decoder took each word."""
+        self._requests = [-1] * BURST_QUEUE
+        self._jobs: list[Job] = []
+        self.free = 0
+        """First cycle in which the generator takes another descriptor, as far as it is known."""
+
+    def load(self, start: int, address: int, count: int, runs: int, stride: int) -> Job:
+        """Begin a LOAD, in the cycle of its transfer or when the generator is free."""
+        job = Job(start, self._cut(address, count, runs, stride))
+        job.next = next(job.left, None)
+        self._jobs.append(job)
+        self._advance()
+        return job
+
+    def _cut(self, address: int, count: int, runs: int, stride: int) -> Iterator[_Burst]:
+        for run in range(runs):
+            for beats in bursts(address + run * stride, count):
+                self._words += beats
+                yield _Burst(beats, self._words - self._fifo)
+
+    def _advance(self) -> None:
+        """Request every burst whose room is known to come."""
+        while self._jobs:
+            job = self._jobs[0]
+            while job.next is not None:
+                if job.next.need > len(self.taken):
+                    return
+                self._request(job, job.next)
+                job.next = next(job.left, None)
+            self.free = job.staged + 1
+            self._jobs.pop(0)
+
+    def _request(self, job: Job, burst: _Burst) -> None:
+        """Generator: `staged`, `checked` against the region, handed to every channel's queue, requested."""
+        first = job.handed < 0
+        if first:
+            job.start = max(job.start, self.free)
+        staged = job.start + 1 if first else max(job.staged + 1, job.checked)
+        checked = max(staged + 1, job.handed)
+        job.staged, job.checked = staged, checked
+        job.handed = max(checked + AddressGenerator.latency - 2, self._requests[-BURST_QUEUE] + 1)
+        room = self.taken[burst.need - 1] + 1 if burst.need > 0 else 0
+        requested = max(job.handed + 1, self._requests[-1] + 1, room)
+        self._requests.append(requested)
+        arrived = self._port.read(requested + ADDRESS, burst.beats)
+        self._arrived += [arrived + i * self._interval + FIFO_OUT for i in range(burst.beats)]
+
+    def take(self, earliest: int) -> int:
+        """The array takes the next word in the first cycle from `earliest` in which it is there."""
+        cycle = max(earliest, math.ceil(self._arrived[len(self.taken)]))
+        self.taken.append(cycle)
+        if self._jobs:
+            self._advance()
+        return cycle
+
+    @property
+    def held(self) -> int:
+        """Words that were asked for and not taken, as far as requests are known."""
+        return len(self._arrived) - len(self.taken)
+
+
+class StepWords(NamedTuple):
+    """What a step of a row block takes from the stream before it, and what it ends."""
+
+    before: tuple[str, ...]
+    """Kinds of the words in front of the step's code words."""
+    codes: int
+    """Code words that arrive for it."""
+    ends_code: bool
+    ends_scale: bool
+    ends_pattern: bool
+
+
+@lru_cache(maxsize=256)
+def step_words(config: EngineConfig, stream: StreamFormat, steps: int) -> tuple[StepWords, ...]:
+    """The word sequence of a row block, step by step."""
+    per_word, per_step = stream.steps_per_word(config), stream.words_per_step(config)
+    scales, patterns = stream.scale_period(config), stream.pattern_period(config)
+    sparse = stream.codes is Codes.S24
+    rows = []
+    for s in range(steps):
+        last = s == steps - 1
+        before = ["scale"] if stream.scaled and s % scales == 0 else []
+        before += ["part"] * (PATTERN_WORDS - 1) + ["pattern"] if sparse and s % patterns == 0 else []
+        rows.append(
+            StepWords(
+                tuple(before),
+                per_step if s % per_word == 0 else 0,
+                last or s % per_word == per_word - 1,
+                last or s % scales == scales - 1,
+                last or s % patterns == patterns - 1,
+            )
+        )
+    return tuple(rows)
+
+
+@dataclass(frozen=True)
+class ArrayOp:
+    """A product as the array sees it; `groups`: VB words drained per vector and row block."""
+
+    stream: StreamFormat
+    blocks: int
+    steps: int
+    vectors: int
+    groups: int
+
+
+class Array:
+    """MATRIX: decoder, array, two accumulator banks, drain; operations overlap as far as each stage lets them."""
+
+    def __init__(self, config: EngineConfig, words: WordStream) -> None:
+        self._config, self._words = config, words
+        self._took = -1
+        self._room = dict.fromkeys(("scale", "pattern", "code"), 0)
+        self._dropped = dict.fromkeys(("scale", "pattern", "code"), 0)
+        self._have = dict.fromkeys(("scale", "pattern", "code"), 0)
+        self._emitted, self._fired = -1, -1
+        self._step_free = 0
+        self._drained = [-1, -1]
+        self.free = 0
+        """First cycle in which another operation is accepted: the word sequence handles one at a time."""
+
+    def run(self, accepted: int, op: ArrayOp) -> int:
+        """Cycle of `done` of an operation accepted in a cycle not before `free`."""
+        plan = step_words(self._config, op.stream, op.steps)
+        outgoing = max(accepted + 2, self._emitted + 2)
+        issue = max(accepted + 1, self._fired) + 1
+        earliest = accepted + 1
+        for _ in range(op.blocks):
+            bank = self._drained[-2] + 1
+            for words in plan:
+                for kind in words.before:
+                    self._take(kind, earliest)
+                self._step(words, op.stream.scaled, bool(op.stream.codes is Codes.S24), earliest, outgoing)
+                self._fired = max(self._emitted + 1, self._fired + 1, bank, issue)
+                self._step_free = self._fired
+                self._fired += op.vectors - 1
+                bank = 0
+            read = max(self._fired + DRAIN_START, self._drained[-1] + 1) + op.vectors * op.groups - 1
+            self._drained = [self._drained[-1], read]
+        self.free = self._took + 1
+        return self._drained[-1] + DRAIN_END
+
+    def _take(self, kind: str, earliest: int) -> int:
+        """Take a word; the last one of its kind's set moves on when the set in use is dropped."""
+        place = "pattern" if kind == "part" else kind
+        self._took = self._words.take(max(self._took + 1, earliest, self._room[place]))
+        if kind != "part":
+            promoted = max(self._took + 1, self._dropped[place])
+            self._room[place], self._have[place] = promoted, promoted + 1
+        return self._took
+
+    def _step(self, words: StepWords, scaled: bool, sparse: bool, earliest: int, outgoing: int) -> None:
+        """Emit a step: chunk by chunk when it takes several words."""
+        ready = max(outgoing, self._have["scale"] if scaled else 0, self._have["pattern"] if sparse else 0)
+        for chunk in range(max(1, words.codes)):
+            if words.codes:
+                self._take("code", earliest)
+            self._emitted = max(ready, self._have["code"], self._emitted + 1, self._step_free)
+            if chunk < words.codes - 1 or words.ends_code:
+                self._dropped["code"] = self._emitted
+        if words.ends_scale:
+            self._dropped["scale"] = self._emitted
+        if words.ends_pattern:
+            self._dropped["pattern"] = self._emitted
+
+
+# --- VECTOR and APPEND -------------------------------------------------------------------------------------
+@lru_cache(maxsize=4096)
+def vector_cycles(op: Op, lanes: int, count: int, vectors: int, fresh: bool) -> int:
+    """Cycles from a vector instruction's transfer to its `done`, no port stalling."""
+    return instruction_cycles(op, lanes, count, vectors, fresh=fresh)
+
+
+@dataclass
+class Records:
+    """KVQUANT's vectors on their way to APPEND: last words as the vector unit would send them alone."""
+
+    ends: list[int] = field(default_factory=list)
+    words: int = 0
+    late: int = 0
+    """Cycles by which the stream has been held up."""
+    sent: int = 0
+    """Cycle in which the last word so far was taken."""
+
+    @property
+    def held(self) -> bool:
+        """Whether some vector has been taken: from then on its time is known."""
+        return self.sent > 0
+
+    @property
+    def done(self) -> int:
+        """Cycle of KVQUANT's `done`, from what has been taken so far."""
+        return max([self.sent, *(end + self.late for end in self.ends)]) + SETTLE_WORDS
+
+    @classmethod
+    def of(cls, start: int, lanes: int, count: int, vectors: int) -> Records:
+        """The vectors of a KVQUANT that starts in cycle `start`."""
+        words = -(-count // lanes)
+
+        def end(v: int) -> int:
+            """Its scalar, or its place in the last pass behind the first one over all vectors."""
+            scalar = instruction_cycles(Op.KVQUANT, lanes, count, v + 1)
+            return (
+                start + max(scalar, instruction_cycles(Op.ROPE, lanes, count, vectors + v + 1)) - SETTLE_WORDS
+            )
+
+        return cls([end(v) for v in range(vectors)], words)
+
+    def take(self, ready: int) -> int:
+        """Cycle in which the next vector's last word is taken by a unit that is ready for the first from `ready`."""
+        end = self.ends.pop(0) + self.late
+        self.sent = max(end, ready + self.words - 1, self.sent + self.words)
+        self.late += self.sent - end
+        return self.sent
+
+
+KEY_STAGES = 7
+"""States from the last beat of a vector to its first write: PLACE, MULTIPLY, OFFSET, END, COMPARE, RANGE, then the
+write itself. docs in `hw.engine.mem.append.Sequencer`."""
+BLOCK_STAGES = 4
+"""States from the last write of a row block to the next block's read: END, COMPARE, RANGE, READ."""
+
+
+class Append:
+    """APPEND: one operation at a time, vector by vector."""
+
+    def __init__(self, config: EngineConfig, port: ReadPort) -> None:
+        self._config, self._memory, self._port = config, port.memory, port
+
+    def run(self, start: int, f: dict[str, int], values: bool, records: Records) -> int:
+        """Cycle of `done` of an operation transferred in `start`: CHECK, then FILL."""
+        ready, quiet = start + 2, 0
+        for _ in range(f["count"]):
+            placed = records.take(ready) + KEY_STAGES
+            ready, quiet = (self._value if values else self._key)(placed, quiet, f)
+        return max(ready, quiet)
+
+    def _key(self, placed: int, quiet: int, f: dict[str, int]) -> tuple[int, int]:
+        """A scale record and the pieces, one a cycle; (FILL or DRAIN of the next, cycle with all answers in)."""
+        last = placed + f["head_size"] // STEP * (f["bits"] // 2)
+        return last + 2, max(quiet, self._answered(last, self._memory.write_latency_cycles))
+
+    def _value(self, placed: int, quiet: int, f: dict[str, int]) -> tuple[int, int]:
+        """Row block by row block: read the tile from every channel, change and write a word a cycle."""
+        config, lanes = self._config, self._config.lanes_per_channel
+        tile = max(1, f["bits"] // 2 * lanes // 8)
+        groups, channel, at = f["head_size"] // lanes, f["row"] // lanes, placed
+        while groups:
+            here = min(groups, config.channels - channel)
+            arrived = self._port.read(max(at, quiet) + ADDRESS, tile)
+            last = math.ceil(arrived) + here * tile
+            quiet = self._answered(last, self._memory.write_latency_cycles)
+            groups, channel, at = groups - here, 0, last + BLOCK_STAGES
+        scale = last + 1
+        return scale + 2, max(quiet, self._answered(scale + 1, self._memory.write_latency_cycles))
+
+    @staticmethod
+    def _answered(written: int, latency: int) -> int:
+        """First cycle in which the writer is quiet after a word that it took in cycle `written`."""
+        return written + WordWriter.latency + latency + 1
+
+
+WRITE_GATHER = 4
+"""From the descriptor to the first word in the write buffer: its enable, VB read, data, queue."""
+
+
+# --- DMA ----------------------------------------------------------------------------------------------------
+class Dma:
+    """READ and WRITE between auxiliary memory and the vector buffer."""
+
+    def __init__(self, config: EngineConfig, port: ReadPort) -> None:
+        self._ratio = WORD_BYTES // (4 * config.vector_lanes)
+        self._memory, self._port = port.memory, port
+
+    def run(self, start: int, f: dict[str, int], write: bool) -> int:
+        """Cycle of `done` of an operation transferred in cycle `start`."""
+        posted = start + 1
+        beats = -(-f["count"] // self._ratio)
+        rows = [list(bursts((f["addr"] + v * f["stride"]) // WORD_BYTES, beats)) for v in range(f["vectors"])]
+        if write:
+            return self._write(posted, f["count"] * f["vectors"], rows[-1][-1])
+        handed, moved = posted + AddressGenerator.latency, 0.0
+        per_beat = 1 / self._memory.words_per_cycle
+        for beats_of in rows:
+            left = f["count"]
+            for n in beats_of:
+                arrived = self._port.read(handed + ADDRESS, n)
+                handed += 1
+                here = min(left, n * self._ratio)
+                left -= here
+                moved = max(moved + here, arrived + FIFO_OUT + here, arrived + n * per_beat + FIFO_OUT)
+        return math.ceil(moved)
+
+    def _write(self, posted: int, words: int, last_burst: int) -> int:
+        """Bursts start when all their beats are in the write buffer, and go out while the next ones gather."""
+        gathered = posted + WRITE_GATHER + words - 1
+        address = gathered + WriteChannel.latency - 1
+        return address + last_burst - 1 + self._memory.write_latency_cycles
+
+
+# --- instructions -------------------------------------------------------------------------------------------
+class Fetch:
+    """The fetcher and the dispatcher: an instruction per cycle, in order, into queues of `QUEUE_DEPTH`."""
+
+    def __init__(self, port: ReadPort) -> None:
+        self._port = port
+        self._arrived: list[float] = []
+        """Cycle in which each word of the program is at the head of the fetcher's FIFO."""
+        self._left: list[int] = []
+        """Cycle in which each instruction leaves the fetcher."""
+        self._requested = -1
+        self._moved = 0
+
+    def queued(self, base: int, index: int, starts: list[int]) -> int:
+        """First cycle in which instruction `index` is at the head of its unit's empty queue."""
+        self._request(base // WORD_BYTES)
+        arrived = self._arrived[index // PER_WORD]
+        self._left.append(max(math.ceil(arrived), self._moved))
+        # The dispatcher decodes in one cycle and holds the instruction until its queue has room.
+        self._moved = self._left[-1] + 1
+        if len(starts) >= QUEUE_DEPTH:
+            self._moved = max(self._moved, starts[-QUEUE_DEPTH] + 1)
+        return self._moved + UnitQueue.latency
+
+    def _request(self, base: int) -> None:
+        """Ask for every burst that has room: the fetcher reads on, whatever the instructions are."""
+        interval = 1 / self._port.memory.words_per_cycle
+        while True:
+            word = len(self._arrived)
+            beats = MAX_BURST_BEATS - (base + word) % MAX_BURST_BEATS
+            left = (word + beats - FIFO_BEATS) * PER_WORD
+            if left > len(self._left):
+                return
+            self._requested = max(self._requested + 1, self._left[left - 1] + 1 if left > 0 else 0)
+            first = self._port.read(self._requested + ADDRESS, beats)
+            self._arrived += [first + i * interval + FIFO_OUT for i in range(beats)]
+
+
+@dataclass
+class Ports:
+    """The masters' read ports of one pass: LOAD and APPEND share the channels, fetcher and DMA auxiliary memory."""
+
+    load: ReadPort
+    append: ReadPort
+    fetch: ReadPort
+    dma: ReadPort
+
+    @classmethod
+    def of(cls, memory: MemoryTiming, before: Ports | None = None) -> Ports:
+        """Ports of a first pass, or of one after another."""
+        if before is None:
+            return cls(*(ReadPort(memory) for _ in range(4)))
+        load, fetch, dma = (port.alone() for port in (before.load, before.fetch, before.dma))
+        return cls(ReadPort(memory), ReadPort(memory, load), ReadPort(memory, dma), ReadPort(memory, fetch))

@@ -89,9 +89,14 @@ def scheme_names() -> list[str]:
 
 
 def evaluate(
-    scheme: Scheme, fidelity: str = "flow", every_step: bool = False, all_layers: bool = False
+    scheme: Scheme,
+    fidelity: str = "flow",
+    every_step: bool = False,
+    all_layers: bool = False,
+    detail: bool = True,
 ) -> RunResult:
-    """Run a bound scheme. `every_step` and `all_layers` switch sampling off, to measure its error."""
+    """Run a bound scheme. `every_step` and `all_layers` switch sampling off, to measure its error; without `detail`
+    the result has neither timeline nor assumptions."""
     prefill = run.simulate_phase(scheme, scheme.prefill, fidelity, all_layers)
     decode = run.sampled_decode(scheme, fidelity, every_step, all_layers)
     step_s = decode.mean(lambda s: s.seconds)
@@ -134,8 +139,8 @@ def evaluate(
         **_endurance(scheme, tokens_per_s),
         policy=scheme.policy(),
         numerics=scheme.numerics(),
-        assumptions=provenance(scheme),
-        timeline=run.spans("prefill", prefill.run) + run.spans("decode step", middle.run),
+        assumptions=provenance(scheme) if detail else [],
+        timeline=run.spans("prefill", prefill.run) + run.spans("decode step", middle.run) if detail else [],
     )
 
 

@@ -6,10 +6,10 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from sim.api import simulate, split_overrides, tuned
+from sim.api import bind, evaluate, split_overrides, tuned
 from sim.describe.base import CapacityError
-from sim.describe.machine import Machine
-from sim.describe.model import Model
+from sim.describe.machine import Machine, load_machine
+from sim.describe.model import Model, load_model
 from sim.describe.workload import Tuning, Workload
 from sim.result import RunResult
 
@@ -36,6 +36,10 @@ def best_policy(
     """
     devices, framework, asked = split_overrides(overrides or {})
     base, knobs = (workload or Workload()).replaced(**asked), tuned(tuning or Tuning(), framework)
+    described, shape = (
+        load_machine(machine, devices),
+        model if isinstance(model, Model) else load_model(model),
+    )
     best: RunResult | None = None
     refused: CapacityError | None = None
     for batch in batches:
@@ -43,12 +47,12 @@ def best_policy(
         for change in _policies(scheme, batch):
             chosen = knobs.replaced(**change)
             try:
-                bound = simulate(machine, model, scheme, work, "analytic", devices, chosen)
+                policy = bind(described, shape, scheme, work, tuning=chosen)
             except CapacityError as error:
                 refused = error
                 continue
-            if best is None or bound.tokens_per_s > best.tokens_per_s:
-                found = simulate(machine, model, scheme, work, "flow", devices, chosen)
+            if best is None or evaluate(policy, "analytic", detail=False).tokens_per_s > best.tokens_per_s:
+                found = evaluate(policy)
                 best = max(best or found, found, key=lambda r: r.tokens_per_s)
     if best is None:
         raise refused or CapacityError(f"scheme {scheme}: no batch was given to search")

@@ -31,7 +31,7 @@ class SweepError(KVStrataError):
 
 def evaluate(point: Point, fidelity: str) -> tuple[str, Any]:
     """("ok", flat metrics) or ("refused", reason)."""
-    from sim.api import simulate
+    from sim import api
     from sim.describe.base import CapacityError, ConfigError, build
     from sim.describe.workload import Workload
 
@@ -40,7 +40,8 @@ def evaluate(point: Point, fidelity: str) -> tuple[str, Any]:
     overrides = {k: v for k, v in named.items() if not k.startswith("workload.")}
     try:
         workload = build(Workload, work, "workload")
-        result = simulate(point["machine"], point["model"], point["scheme"], workload, fidelity, overrides)
+        bound = api.bind(point["machine"], point["model"], point["scheme"], workload, overrides)
+        result = api.evaluate(bound, fidelity, detail=False)
     except (CapacityError, ConfigError) as error:
         return "refused", str(error)
     return "ok", result.row()

@@ -76,6 +76,10 @@ class Fabric:
 
 def share_out(flows: Sequence[_Flow], rates: Mapping[str, float]) -> None:
     """Set each flow's rate to its max-min fair share: fill all equally until a pipe or a ceiling binds, and repeat."""
+    if len(flows) == 1:
+        only = flows[0]
+        only.rate = min([rates[p] for p in only.path] + [only.cap_bytes_per_s])
+        return
     left = {p: rates[p] for f in flows for p in f.path}
     open_flows = list(flows)
     while open_flows:

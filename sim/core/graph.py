@@ -7,9 +7,9 @@ Servers do one task at a time in order of request (a GPU stream, an accelerator)
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import simpy
 
@@ -131,46 +131,76 @@ def analytic(graph: Graph, rates: Mapping[str, float]) -> Run:
 
 def execute(graph: Graph, rates: Mapping[str, float]) -> Run:
     """Run the graph on simpy with first-come servers and fairly shared pipes."""
-    env = simpy.Environment()
-    fabric = Fabric(env, rates)
-    names = {t.server for t in graph.tasks if t.server}
-    servers = {n: simpy.Resource(env) for n in sorted(names)}
-    last: dict[str, int] = dict.fromkeys(names, -1)
-    count = len(graph.tasks)
-    run = Run(graph, [0.0] * count, [0.0] * count, [-1] * count)
-    done: list[Any] = []
-    for number, task in enumerate(graph.tasks):
-        done.append(env.process(_perform(env, fabric, servers, last, run, done, number, task)))
-    env.run()
-    return run
+    return _Execution(graph, rates).run()
 
 
-def _perform(
-    env: simpy.Environment,
-    fabric: Fabric,
-    servers: Mapping[str, simpy.Resource],
-    last: dict[str, int],
-    run: Run,
-    done: list[Any],
-    number: int,
-    task: Task,
-) -> Generator[simpy.Event, Any, None]:
-    for other in task.after:
-        if not done[other].processed:
-            yield done[other]
-    run.cause[number] = max(task.after, key=lambda i: run.end_s[i], default=-1)
-    if task.server:
-        asked = env.now
-        with servers[task.server].request() as turn:
-            yield turn
-            if env.now > asked:
-                run.cause[number] = last[task.server]
-            run.start_s[number] = env.now
-            yield env.timeout(task.seconds)
-            last[task.server] = number
-    else:
-        run.start_s[number] = env.now
-        if task.latency_s:
-            yield env.timeout(task.latency_s)
-        yield fabric.transfer(task.path, task.size_bytes, task.cap_bytes_per_s)
-    run.end_s[number] = env.now
+class _Execution:
+    """Tasks as callbacks on simpy events: a process per task would cost several events for every one of these."""
+
+    def __init__(self, graph: Graph, rates: Mapping[str, float]) -> None:
+        count = len(graph.tasks)
+        self._env = simpy.Environment()
+        self._fabric = Fabric(self._env, rates)
+        self._tasks = graph.tasks
+        self._run = Run(graph, [0.0] * count, [0.0] * count, [-1] * count)
+        self._missing = [len(t.after) for t in graph.tasks]
+        self._dependents: list[list[int]] = [[] for _ in range(count)]
+        for number, task in enumerate(graph.tasks):
+            for other in task.after:
+                self._dependents[other].append(number)
+        self._queues: dict[str, deque[int]] = {t.server: deque() for t in graph.tasks if t.server}
+        self._serving: dict[str, bool] = dict.fromkeys(self._queues, False)
+
+    def run(self) -> Run:
+        for number, task in enumerate(self._tasks):
+            if not task.after:
+                self._ready(number)
+        self._env.run()
+        return self._run
+
+    def _ready(self, number: int) -> None:
+        """All that the task waits for has ended."""
+        task, run = self._tasks[number], self._run
+        run.cause[number] = max(task.after, key=run.end_s.__getitem__, default=-1)
+        # Until a queued task starts, its start holds when it asked.
+        run.start_s[number] = self._env.now
+        if task.server:
+            if self._serving[task.server]:
+                self._queues[task.server].append(number)
+            else:
+                self._serve(number)
+        elif task.latency_s:
+            self._after(task.latency_s, number, self._transfer)
+        else:
+            self._transfer(number)
+
+    def _after(self, seconds: float, number: int, then: Callable[[int], None]) -> None:
+        self._env.timeout(seconds).callbacks.append(lambda _: then(number))
+
+    def _transfer(self, number: int) -> None:
+        task = self._tasks[number]
+        moved = self._fabric.transfer(task.path, task.size_bytes, task.cap_bytes_per_s)
+        moved.callbacks.append(lambda _: self._ended(number))
+
+    def _serve(self, number: int) -> None:
+        task = self._tasks[number]
+        self._serving[task.server] = True
+        self._after(task.seconds, number, self._served)
+
+    def _served(self, number: int) -> None:
+        server, run, now = self._tasks[number].server, self._run, self._env.now
+        self._serving[server] = False
+        if self._queues[server]:
+            following = self._queues[server].popleft()
+            if now > run.start_s[following]:
+                run.cause[following] = number
+            run.start_s[following] = now
+            self._serve(following)
+        self._ended(number)
+
+    def _ended(self, number: int) -> None:
+        self._run.end_s[number] = self._env.now
+        for other in self._dependents[number]:
+            self._missing[other] -= 1
+            if not self._missing[other]:
+                self._ready(other)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self, TypeVar
 
@@ -130,9 +131,19 @@ def load(cls: type[D], ref: str | Path) -> D:
                 f"unknown {cls.kind} preset {str(ref)!r}{did_you_mean(str(ref), known)}; known: {', '.join(known)}"
             )
     try:
-        data = tomllib.loads(path.read_text())
+        stamp = path.stat()
     except FileNotFoundError:
         raise ConfigError(f"{cls.kind} file {path} does not exist") from None
+    return _loaded(cls, path, (stamp.st_mtime_ns, stamp.st_size))
+
+
+@lru_cache(maxsize=512)
+def _loaded(cls: type[D], path: Path, stamp: tuple[int, int]) -> D:
+    """Descriptions are frozen, so that a file is read once for as long as its `stamp` stays."""
+    try:
+        data = tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{cls.kind} file {path} cannot be read: {error}") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{cls.kind} file {path} is not valid TOML: {error}") from None
     return _sourced(cls, data, path)

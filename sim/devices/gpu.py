@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 from sim.describe.devices import Gpu
 from sim.describe.model import FP16_BYTES
@@ -34,18 +35,25 @@ class Kernel:
 def gemm(gpu: Gpu, m: float, k: float, n: float) -> Kernel:
     """y[M, N] = x[M, K] w[K, N] in fp16 with fp32 accumulation."""
     size = FP16_BYTES * (m * k + k * n + m * n)
-    memory = size / (gpu.hbm_gb_per_s * 1e9 * gpu.bandwidth_share)
-    return _combine(gpu, memory, min(_waves_s(gpu, m, k, n, t, s) for t in TILES for s in SPLITS))
+    bytes_per_s = gpu.hbm_gb_per_s * 1e9 * gpu.bandwidth_share
+    flops_per_s = gpu.fp16_tflops * 1e12 * gpu.tensor_share
+    return _combine(gpu, size / bytes_per_s, _best_tiling_s(gpu.sm_count, flops_per_s, bytes_per_s, m, k, n))
 
 
-def _waves_s(gpu: Gpu, m: float, k: float, n: float, tile: tuple[int, int], split: int) -> float:
-    """Whole waves of tiles over the SMs; a split of K adds a pass over fp32 partial sums."""
-    rows, cols = tile
-    waves = math.ceil(math.ceil(m / rows) * math.ceil(n / cols) * split / gpu.sm_count)
-    share = gpu.tensor_share * min(1.0, rows * cols / (rows + cols) / FULL_REUSE)
-    busy = waves * 2 * rows * cols * k / split / (gpu.fp16_tflops * 1e12 / gpu.sm_count * share)
-    partials = 8 * m * n * split if split > 1 else 0.0
-    return busy + partials / (gpu.hbm_gb_per_s * 1e9 * gpu.bandwidth_share)
+@lru_cache(maxsize=8192)
+def _best_tiling_s(
+    sm_count: int, flops_per_s: float, bytes_per_s: float, m: float, k: float, n: float
+) -> float:
+    """Whole waves of tiles over the SMs, the best tile and split; a split of K adds a pass over fp32 partial sums."""
+    best = math.inf
+    for rows, cols in TILES:
+        tiles = math.ceil(m / rows) * math.ceil(n / cols)
+        each = 2 * rows * cols * k * sm_count / flops_per_s
+        each /= min(1.0, rows * cols / (rows + cols) / FULL_REUSE)
+        for split in SPLITS:
+            partials = 8 * m * n * split / bytes_per_s if split > 1 else 0.0
+            best = min(best, math.ceil(tiles * split / sm_count) * each / split + partials)
+    return best
 
 
 BLOCKS_PER_SM = 2

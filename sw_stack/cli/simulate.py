@@ -25,7 +25,7 @@ def command(
         list[str] | None, typer.Option("--set", help="device.field=value; also framework. and workload.")
     ] = None,
     best_policy: Annotated[
-        bool, typer.Option(help="FlexGen schemes: search batch, block and percentages first")
+        bool, typer.Option(help="FlexGen schemes: search percentages, block and batch (up to --batch) first")
     ] = False,
     arrivals_per_s: Annotated[
         float, typer.Option(help="serve Poisson arrivals at this rate instead of a batch")
@@ -69,11 +69,12 @@ def command(
         return
     fields = {"batch": batch, "input_tokens": input_tokens, "output_tokens": output_tokens}
     workload = build(Workload, fields | work, "workload")
+    batches = sorted({min(2**n, batch) for n in range(batch.bit_length() + 1)})
     results = []
     for name in scheme or scheme_names():
         try:
             if best_policy and name.startswith("flexgen"):
-                results.append(search(described, model, name, workload=workload, overrides=settings))
+                results.append(search(described, model, name, batches, workload, overrides=settings))
             else:
                 results.append(simulate(described, model, name, workload, fidelity, settings))
         except KVStrataError as error:

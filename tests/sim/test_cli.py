@@ -51,6 +51,33 @@ def test_sweep_runs_a_file_and_resumes(capsys, tmp_path):
     assert len(json.loads(first[1])) == 2
 
 
+def test_simulate_takes_framework_settings_and_searches_a_policy(capsys):
+    base = ["simulate", "flexgen-dram", "--batch", 16, "--output-tokens", 8, "--json"]
+    by_hand = [
+        "--framework",
+        "flexgen",
+        "--set",
+        "framework.kv_gpu_percent=0",
+        "--set",
+        "workload.input_tokens=256",
+    ]
+    code, out, _ = run(capsys, *base, *by_hand)
+    assert code == 0
+    policy = json.loads(out)[0]["policy"]
+    assert (policy["kv_host_percent"], policy["cpu_attention"]) == (100, True)
+    code, out, _ = run(capsys, *base, "--batch", 2, "--input-tokens", 256, "--best-policy")
+    assert code == 0
+    assert json.loads(out)[0]["tokens_per_s"] > 0
+
+
+def test_device_lists_every_limit(capsys):
+    code, out, _ = run(capsys, "device", "ssd", "980-pro-2tb", "--depth", 4, "--json")
+    assert code == 0
+    rows = {r["what"]: r for r in json.loads(out)}
+    assert rows["sequential read"]["binding"] == "drive link"
+    assert rows["random read, 4 KiB, depth 4 x 1: latency p99"]["unit"] == "us"
+
+
 def test_reproduce_prints_rows_and_summary(capsys):
     code, out, _ = run(capsys, "reproduce", "--json")
     assert code == 0
@@ -69,6 +96,9 @@ def test_reproduce_prints_rows_and_summary(capsys):
         (["simulate", "gpu-resident", "--machine", "refernce"], "did you mean reference?"),
         (["simulate", "gpu-resident", "--set", "gpu.tdp_w"], "an override has the form device.field=value"),
         (["simulate", "gpu-resident", "--set", "gpu.tdp_w=-3"], "greater than 0, got -3"),
+        (["simulate", "flexgen-ssd", "--framework", "flexgn"], "did you mean flexgen?"),
+        (["simulate", "flexgen-ssd", "--set", "framework.gpu_bathes=2"], "did you mean gpu_batches?"),
+        (["device", "ssd", "980-pro"], "did you mean 980-pro-2tb?"),
         (["sweep", "nowhere.toml"], "sweep file nowhere.toml does not exist"),
     ],
 )

@@ -216,6 +216,13 @@ def test_a_corrupt_store_is_refused(tmp_path):
         ("tokens_per_s", "token_per_s", r"unknown objective 'token_per_s' \(did you mean tokens_per_s\?\)"),
         ("batch =", "bach =", r"unknown field workload.bach \(did you mean batch\?\)"),
         ("[set]", "[range]", r"field range.ssd.read_us"),
+        ("ssd.read_us", "ssd.red_us", r"unknown field ssd.red_us \(did you mean read_us\?\)"),
+        ("ssd.read_us", "sd.read_us", r"unknown field sd.read_us"),
+        (
+            "ssd.read_us",
+            "framework.gpu_batch",
+            r"unknown field framework.gpu_batch \(did you mean gpu_batches\?\)",
+        ),
         ("scheme =", "schem =", r"unknown field schem = .*did you mean scheme"),
     ],
 )
@@ -227,6 +234,29 @@ def test_a_broken_sweep_file_is_one_sentence(tmp_path, old, new, message):
 def test_a_range_in_a_grid_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"a grid takes lists under \[set\], not \[range\]"):
         load_sweep(written(tmp_path, SEARCH.replace('"search"', '"grid"')))
+
+
+def test_a_sweep_varies_the_framework(tmp_path):
+    text = GRID.replace('"ssd.read_us" = ', '"framework.layer_overhead_us" = ').replace("[set]", "[set]", 1)
+    with Store(tmp_path / "s.sqlite") as store:
+        rows = [r for r in run(load_sweep(written(tmp_path, text)), store, workers=1) if r["status"] == "ok"]
+    rates = {
+        r["framework.layer_overhead_us"]: r["tokens_per_s"] for r in rows if r["scheme"] == "gpu-recompute"
+    }
+    assert len(rates) > 1
+    assert len(set(rates.values())) > 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"workers": 0}, "at least one worker process, got workers = 0"),
+        ({"scheduler": "nowhere:port"}, "no Dask scheduler answers at 'nowhere:port'"),
+    ],
+)
+def test_where_a_sweep_cannot_run_is_one_sentence(tmp_path, arguments, message):
+    with Store(tmp_path / "s.sqlite") as store, pytest.raises(SweepError, match=message):
+        run(load_sweep(written(tmp_path, GRID)), store, **arguments)
 
 
 def test_an_unknown_device_field_is_a_refusal_with_its_reason():

@@ -9,13 +9,14 @@ def command(
     only: Annotated[list[str] | None, typer.Argument(help="areas to run; all if none is named")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the rows as JSON")] = False,
 ) -> None:
-    """Run the benchmarks of tools/bench and write build/bench/<area>.json."""
+    """Run the benchmarks of tools/bench and write build/bench/<area>.json and docs/benchmarks.md."""
     import importlib.util
     import json
 
     from golden.spec import KVStrataError
     from hw.flow.cache import ROOT, build_dir, write_atomically
     from sw_stack.cli.output import show_rows, track
+    from sw_stack.report import benchmarks
 
     files = {path.stem: path for path in sorted((ROOT / "tools" / "bench").glob("*.py"))}
     if unknown := set(only or ()) - set(files):
@@ -32,4 +33,5 @@ def command(
         measured = module.run()
         write_atomically(build_dir() / "bench" / f"{area}.json", json.dumps(measured, indent=1) + "\n")
         rows += measured
+    benchmarks.write(build_dir() / "bench", ROOT / "docs" / "benchmarks.md")
     show_rows("Benchmarks", rows, as_json)

@@ -2,21 +2,27 @@
 
 
 def command() -> None:
-    """Write docs/assumptions.md from the register and README's results from the last report."""
+    """Write docs/assumptions.md from the register, docs/benchmarks.md from the last benchmarks, and README's
+    reproduction and results, the latter from the last report."""
     import json
 
     from hw.flow.cache import ROOT, build_dir, write_atomically
     from sw_stack.assumptions import load, markdown
     from sw_stack.cli.output import note
-    from sw_stack.report.readme import with_results
+    from sw_stack.report import benchmarks
+    from sw_stack.report.readme import with_reproduction, with_results
 
     page = ROOT / "docs" / "assumptions.md"
     write_atomically(page, markdown(load(page.parent / "assumptions.d")))
     note(f"wrote {page.relative_to(ROOT)}")
+    benchmarks.write(build_dir() / "bench", ROOT / "docs" / "benchmarks.md")
+    note("wrote docs/benchmarks.md")
+    readme = ROOT / "README.md"
+    write_atomically(readme, with_reproduction(readme.read_text()))
+    note("wrote the reproduction table of README.md")
     summary = build_dir() / "report" / "summary.json"
     if not summary.is_file():
         note("README.md keeps its results: there is no report yet (make sim)")
         return
-    readme = ROOT / "README.md"
     write_atomically(readme, with_results(readme.read_text(), json.loads(summary.read_text())))
     note("wrote the results of README.md")

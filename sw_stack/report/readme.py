@@ -10,12 +10,58 @@ from golden.spec import KVStrataError
 BEGIN, END = "<!-- results: written by `make docs` from the last `make sim` -->", "<!-- end of results -->"
 
 
+REPRODUCTION = ("<!-- reproduction: written by `make docs` -->", "<!-- end of reproduction -->")
+
+
 def with_results(page: str, summary: Mapping[str, Any]) -> str:
     """`page` with its results block replaced; `KVStrataError` if the page does not hold the two marks in order."""
-    begin, end = page.find(BEGIN), page.find(END)
+    return _replaced(page, (BEGIN, END), results(summary))
+
+
+def with_reproduction(page: str) -> str:
+    """`page` with its table of published and modelled figures computed anew."""
+    return _replaced(page, REPRODUCTION, reproduction())
+
+
+def _replaced(page: str, marks: tuple[str, str], text: str) -> str:
+    begin, end = page.find(marks[0]), page.find(marks[1])
     if not 0 <= begin < end:
-        raise KVStrataError("README.md holds a results block between its two marks, and they are missing")
-    return page[: begin + len(BEGIN)] + "\n" + results(summary) + page[end:]
+        raise KVStrataError(
+            f"README.md holds a block between {marks[0]} and {marks[1]}, and they are missing"
+        )
+    return page[: begin + len(marks[0])] + "\n" + text + page[end:]
+
+
+def reproduction() -> str:
+    """Published figures beside modelled ones: the errors, then every row."""
+    from sim import others
+    from sim.reproduce import reproduce, statistics, table
+
+    outcomes, beyond = reproduce(), reproduce(others.rows())
+    errors = [100 * abs(o.error) for o in beyond]
+    head = [
+        "| source | figure | published | modelled | error | status | note |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    return "\n".join(
+        [
+            "## Reproduction",
+            "",
+            statistics(outcomes),
+            others_line,
+            "",
+            more,
+            "",
+            *head,
+            *table(outcomes),
+            "",
+            "Other systems, on which no parameter was set:",
+            "",
+            *head,
+            *table(beyond),
+            "",
+        ]
+    )
 
 
 def results(summary: Mapping[str, Any]) -> str:
@@ -53,8 +99,6 @@ def results(summary: Mapping[str, Any]) -> str:
     return "\n".join(
         [
             *lines,
-            "",
-            "Published figures beside modelled ones: [docs/reproduction.md](docs/reproduction.md).",
             "",
         ]
     )

@@ -1,0 +1,57 @@
+"""Generated pages: README's reproduction is the model's, the benchmark page says what was measured."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from golden.spec import KVStrataError
+from sw_stack.report import benchmarks
+from sw_stack.report.readme import with_reproduction
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def test_the_reproduction_in_readme_is_current() -> None:
+    page = README.read_text()
+    assert with_reproduction(page) == page, "run `kvstrata docs`"
+
+
+def test_a_page_without_its_marks_is_refused() -> None:
+    with pytest.raises(KVStrataError, match="README.md holds a block between"):
+        with_reproduction("# nothing here\n")
+
+
+def test_the_benchmark_page_marks_what_is_missed(tmp_path: Path) -> None:
+    rows = [
+        {"id": "a.fast", "value": 3.0, "unit": "ms", "target": 5, "better": "lower"},
+        {"id": "a.slow", "value": 7.0, "unit": "GB/s", "target": 8.5, "better": "higher"},
+        {"id": "a.told", "value": 12345.678, "unit": "pages", "target": None, "better": "higher"},
+    ]
+    (tmp_path / "area.json").write_text(json.dumps(rows))
+    page = benchmarks.markdown(benchmarks.measured(tmp_path))
+    assert "| `a.fast` | 3 | ms | at most 5 | yes |" in page
+    assert "| `a.slow` | 7 | GB/s | at least 8.5 | no |" in page
+    assert "| `a.told` | 1.235e+04 | pages |  |  |" in page
+
+
+def test_areas_that_were_not_measured_keep_their_section() -> None:
+    row = {"id": "b.x", "value": 1.0, "unit": "s", "target": None, "better": "lower"}
+    first = benchmarks.markdown({"b": [row], "c": [{**row, "id": "c.x"}]})
+    second = benchmarks.markdown({"a": [row], "c": [{**row, "id": "c.y"}]}, first)
+    assert [line for line in second.splitlines() if line.startswith("## ")] == ["## a", "## b", "## c"]
+    assert "c.y" in second
+    assert "c.x" not in second
+    assert benchmarks.markdown({}, second) == second
+
+
+def test_a_torn_benchmark_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "area.json").write_text("[{")
+    with pytest.raises(KVStrataError, match=r"area.json is not valid JSON: run `make bench` again"):
+        benchmarks.measured(tmp_path)
+
+
+def test_the_committed_benchmark_page_holds_every_area() -> None:
+    page = (README.parent / "docs" / "benchmarks.md").read_text()
+    assert "## sim" in page
+    assert "`sim.reproduce.mean_abs_error_pct`" in page

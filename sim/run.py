@@ -101,7 +101,7 @@ def _by_layer(graph: Graph, measure: Callable[[Graph], dict[str, float]], scale:
 
 def _pipe_bytes(graph: Graph) -> dict[str, float]:
     moved: dict[str, float] = {}
-    for task in graph.tasks:
+    for task in (t for t in graph.tasks if t.counted):
         for pipe in task.path:
             moved[pipe] = moved.get(pipe, 0.0) + task.size_bytes
     return moved

@@ -33,6 +33,8 @@ class Task:
     size_bytes: float = 0.0
     cap_bytes_per_s: float = math.inf
     latency_s: float = 0.0
+    counted: bool = True
+    """False for work that takes a pipe's time without moving these bytes over it."""
 
     def alone_s(self, rates: Mapping[str, float]) -> float:
         """Duration without contention."""
@@ -62,10 +64,11 @@ class Graph:
         after: Iterable[int] = (),
         cap_bytes_per_s: float = math.inf,
         latency_s: float = 0.0,
+        counted: bool = True,
     ) -> int:
         """Move bytes along pipes; returns the task's number."""
         task = Task(name, category, self.layer, tuple(after), path=tuple(path), size_bytes=size_bytes)
-        task.cap_bytes_per_s, task.latency_s = cap_bytes_per_s, latency_s
+        task.cap_bytes_per_s, task.latency_s, task.counted = cap_bytes_per_s, latency_s, counted
         return self._add(task)
 
     def _add(self, task: Task) -> int:

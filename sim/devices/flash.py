@@ -123,6 +123,11 @@ def program_limits(flash: Flash) -> Bandwidth:
     )
 
 
+def program_load(flash: Flash) -> float:
+    """Bytes of reading that a programmed byte takes the place of: dies and channels are busy with one or the other."""
+    return read_limits(flash).gb_per_s / program_limits(flash).gb_per_s
+
+
 def reclaim_s(flash: Flash, size_bytes: float) -> float:
     """Time to erase the blocks of `size_bytes` of finished jobs on an idle drive, all dies and planes at once.
 

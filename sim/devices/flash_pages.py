@@ -7,7 +7,8 @@ than the page.
 
 - `stream`: a saturated sequential read striped over channels, dies and planes, as dense attention reads KV.
 - `scattered`: the same for pages that a selection scattered, so that some dies have longer queues than others.
-- `closed_loop`: single-page reads with a bounded number outstanding, for latency distributions.
+- `mixed`: reads and programs that meet on the dies.
+- `closed_loop`: short reads with a bounded number outstanding, for latency distributions.
 
 Bus arbitration (`Flash.arbitration`): "pipelined" lets a die take its next command as soon as its data are out;
 "transfer-first" serves every waiting data-out before any new command, so that dies fall into step.
@@ -138,6 +139,57 @@ def _channel(
             sensed[die] = moved + sense()
             push(ready, (moved, die))
         elif left[die]:
+            waiting.append(die)
+    return bus
+
+
+def mixed(flash: Flash, reads: int, programs: int, seed: int = 0) -> PageRun:
+    """`reads` and `programs` pages striped evenly over channels and dies, in random order on each die.
+
+    A program takes the bus for its command and data, then its die for tPROG, during which reads of that die wait;
+    latencies are those of reads.
+    """
+    rng, p = random.Random(seed), planes(flash)
+    dies = flash.channels * flash.dies_per_channel
+    latencies: list[float] = []
+    queues: list[deque[bool]] = []
+    for die in range(dies):
+        place = die % flash.dies_per_channel * flash.channels + die // flash.dies_per_channel
+        counts = [-(-n // p) // dies + (place < -(-n // p) % dies) for n in (reads, programs)]
+        order = [False] * counts[0] + [True] * counts[1]
+        rng.shuffle(order)
+        queues.append(deque(order))
+    n = flash.dies_per_channel
+    sense = sense_times_us(flash, rng)
+    ends = [
+        _mixed_channel(flash, queues[c * n : (c + 1) * n], sense, latencies) for c in range(flash.channels)
+    ]
+    return PageRun(reads + programs, max(ends) * 1e-6, latencies)
+
+
+def _mixed_channel(
+    flash: Flash, queues: list[deque[bool]], sense: Callable[[], float], latencies: list[float]
+) -> float:
+    """One channel until every queue (True: a program) is empty; returns the end in microseconds."""
+    tcmd, out = flash.command_us, planes(flash) * transfer_us(flash)
+    waiting = deque(die for die, queue in enumerate(queues) if queue)
+    asked = [0.0] * len(queues)
+    busy: list[tuple[float, int, bool]] = []
+    bus = 0.0
+    while waiting or busy:
+        if waiting and (flash.arbitration == "pipelined" or not (busy and busy[0][0] <= bus)):
+            die = waiting.popleft()
+            program = queues[die].popleft()
+            bus += tcmd + (out if program else 0.0)
+            heapq.heappush(busy, (bus + (flash.program_us if program else sense()), die, program))
+            continue
+        at, die, program = heapq.heappop(busy)
+        bus = max(bus, at)
+        if not program:
+            bus += out
+            latencies.append(bus - asked[die])
+            asked[die] = bus
+        if queues[die]:
             waiting.append(die)
     return bus
 

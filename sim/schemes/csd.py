@@ -16,7 +16,7 @@ from sim.describe.devices import Csd
 from sim.describe.model import FP16_BYTES
 from sim.devices.csd import AttentionUnit, KvReads, attention_unit
 from sim.devices.drive import write_bandwidth
-from sim.devices.flash import first_page_us, read_limits, scattered_limits
+from sim.devices.flash import first_page_us, program_load, read_limits, scattered_limits
 from sim.devices.flash_pages import scattered, stream
 from sim.devices.limits import Bandwidth
 from sim.result import Residency
@@ -150,6 +150,8 @@ class CsdDense(GpuScheme):
             back = graph.move("outputs", "transfer", ("from drives", "pcie to gpu"), out_bytes, attended)
             new_kv = w.batch * m.kv_bytes_per_token_layer * self.stored_copies
             graph.move("append kv", "kv access", ("csd program",), new_kv, [sent])
+            load = new_kv * program_load(self.csd)
+            graph.move("programs on the dies", "kv access", ("csd flash",), load, [sent], counted=False)
             done.append(self.close_layer(graph, after, [back]))
         graph.layer = SETUP
         self.finish(graph, done)

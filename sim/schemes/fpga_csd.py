@@ -16,7 +16,7 @@ from sim.describe.model import FP16_BYTES
 from sim.devices import fpga as engine
 from sim.devices.csd import AttentionUnit, KvReads, attention_unit
 from sim.devices.drive import write_bandwidth
-from sim.devices.flash import first_page_us, read_limits
+from sim.devices.flash import first_page_us, program_load, read_limits
 from sim.devices.flash_pages import stream
 from sim.devices.limits import Bandwidth
 from sim.result import Residency
@@ -95,6 +95,11 @@ class FpgaCsd(FpgaEngine):
         query = w.batch * (m.heads + 2 * m.kv_heads) * m.head_size * FP16_BYTES
         wait = (self.machine.csd_count * csd.command_host_us) * 1e-6
         sent = graph.move("q, k, v", "transfer", ("fpga to drives",), query, after, latency_s=wait)
+        # The token that leaves the window is programmed in the background.
+        left = w.batch * m.kv_bytes_per_token_layer
+        graph.move("append kv", "kv access", ("csd program",), left, [sent])
+        load = left * program_load(csd)
+        graph.move("programs on the dies", "kv access", ("csd flash",), load, [sent], counted=False)
         size = w.batch * older * m.kv_bytes_per_token_layer
         scores = float(w.batch * m.heads * older)
         reads = KvReads(float(size), w.batch * m.kv_heads, 4 * scores * m.head_size, scores)

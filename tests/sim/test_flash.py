@@ -11,8 +11,15 @@ from hypothesis import strategies as st
 from sim.describe.base import load
 from sim.describe.devices import Csd, Link, Ssd
 from sim.devices.drive import file_read_bandwidth, read_bandwidth
-from sim.devices.flash import expected_excess, first_page_us, read_limits, scattered_limits, transfer_us
-from sim.devices.flash_pages import closed_loop, scattered, sense_times_us, stream
+from sim.devices.flash import (
+    expected_excess,
+    first_page_us,
+    program_load,
+    read_limits,
+    scattered_limits,
+    transfer_us,
+)
+from sim.devices.flash_pages import closed_loop, mixed, scattered, sense_times_us, stream
 
 DRIVE = load(Csd, "instcsd")
 PAGES = 40_000
@@ -203,3 +210,19 @@ def test_many_drives_behind_one_uplink_show_the_contention():
     shared = read_bandwidth(ssd, link, count=16).under(uplink)
     assert shared.binding == "shared uplink pcie3-x16"
     assert shared.gb_per_s < alone.gb_per_s
+
+
+@pytest.mark.parametrize("program_us", [65.0, 700.0])
+@pytest.mark.parametrize("programs", [800, 8_000])
+def test_programs_take_the_place_of_reads_on_the_dies(program_us, programs):
+    drive = load(Csd, "instcsd").replaced(program_us=program_us)
+    reads = 40_000
+    alone, both = mixed(drive, reads, 0), mixed(drive, reads, programs)
+    expected = (reads + programs * program_load(drive)) / reads
+    assert both.seconds / alone.seconds == pytest.approx(expected, rel=0.06)
+    assert both.percentile_us(0.999) > alone.percentile_us(0.999) + 0.5 * program_us
+
+
+def test_a_mixed_run_without_programs_is_a_stream():
+    drive = load(Csd, "instcsd")
+    assert mixed(drive, 40_000, 0).seconds == pytest.approx(stream(drive, 40_000).seconds, rel=1e-9)

@@ -162,6 +162,12 @@ def dense(q: F16, k: F16, v: F16) -> F16:
     return to_fp16(normalised(q, k, v, np.ones(len(k), bool)))
 
 
+def mean_value(v: F16) -> F16:
+    """v-bar float16 [dh]: the exact sum of V (multiples of 2^-24) over the count, rounded to binary16."""
+    total = (v.astype(np.float64) * (1 << 24)).astype(np.int64).sum(0)
+    return (total / (len(v) * float(1 << 24))).astype(np.float16)
+
+
 def channel_keys(q: F16) -> I64:
     """Channel weights [dh] as ordered integers: the bit pattern of the binary32 sum of |q| over the group."""
     total = np.zeros(q.shape[1], np.float32)

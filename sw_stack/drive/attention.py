@@ -18,7 +18,7 @@ import numpy as np
 
 from golden.spec.storage import PageKind
 from golden.storage import attention as golden
-from golden.storage.attention import Softmax, check_shapes, exact, sparf
+from golden.storage.attention import Softmax, check_shapes, exact, mean_value, sparf
 from golden.storage.fp import to_fp16
 from sw_stack.drive import shape as pages
 from sw_stack.drive.ftl import UNMAPPED, Ftl
@@ -160,9 +160,3 @@ class GoldenUnit:
 def _token_numbers(groups: np.ndarray, per: int, tokens: int) -> np.ndarray:
     numbers = (groups[:, None] * per + np.arange(per)).ravel()
     return numbers[numbers < tokens]
-
-
-def mean_value(v: np.ndarray) -> np.ndarray:
-    """v-bar float16 [dh]: the exact sum of V (multiples of 2^-24) over the count, rounded to binary16."""
-    total = (v.astype(np.float64) * (1 << 24)).astype(np.int64).sum(0)
-    return (total / (len(v) * float(1 << 24))).astype(np.float16)

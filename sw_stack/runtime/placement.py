@@ -4,8 +4,8 @@ The engine computes projections and feed-forward networks in every placement; `c
 the drive and takes the attention output back; `engine+csd` keeps sinks and a recent window on the engine and leaves
 everything older to the drive, and merges the partials by log-sum-exp. Values cross as binary16 (docs/nvme.md).
 
-Each placement has a golden form (`StorageDecoder`, `HybridDecoder`): the golden decoder with the golden attention
-models put together the same way, without drive, maps or commands. Text and logits are equal bit for bit.
+Each placement has a golden form (golden.storage.decoder), without drive, maps or commands. Text and logits are equal
+bit for bit.
 """
 
 from __future__ import annotations
@@ -18,76 +18,11 @@ import torch
 from torch import Tensor
 
 from golden import attention, ops
-from golden.exact_decoder import ExactDecoder
-from golden.loaders.checkpoint import Checkpoint
-from golden.ops import KVCodes
-from golden.spec import KVStrataError
-from golden.spec.formats import KV_FORMATS, L_EXTRA_FRAC, P_FRAC
-from golden.storage.attention import exact, sparf
-from golden.storage.fp import to_fp16
-from sw_stack.drive.attention import Outcome, mean_value
+from golden.spec.formats import KV_FORMATS
+from golden.storage.decoder import Sparsity, Split, engine_partial, half, merged_row
 from sw_stack.drive.driver import Driver, Selection
 
 PLACEMENTS = ("engine", "csd", "engine+csd")
-SUM_FRAC = 40
-"""Unit of a drive's softmax sum: 2^-40; the engine's is 2^-(P_FRAC + L_EXTRA_FRAC)."""
-MERGE_FRAC = 16
-SHIFT_LIMIT = 62
-
-
-@dataclass(frozen=True)
-class Sparsity:
-    """SparF of a placement: r channels, one token in `ratio` (at least the window), a recent window."""
-
-    r: int = 16
-    ratio: int = 8
-    window: int = 16
-
-    def selection(self, tokens: int) -> Selection:
-        """Parameters for a context of `tokens` tokens."""
-        k = min(tokens, max(self.window, -(-tokens // self.ratio)))
-        return Selection(self.r, k, min(self.window, k))
-
-
-@dataclass(frozen=True)
-class Split:
-    """FPGA+CSD: the first `sinks` and the last `window` tokens on the engine, those between in the drive."""
-
-    sinks: int = 4
-    window: int = 64
-
-    def __post_init__(self) -> None:
-        if self.sinks < 0 or self.window < 1:
-            raise KVStrataError(
-                f"a split has sinks >= 0 and a window >= 1; got {self.sinks} and {self.window}"
-            )
-
-    def older(self, tokens: int) -> int:
-        """Tokens of a context that the drive holds: [sinks, sinks + older)."""
-        return max(0, tokens - self.window - self.sinks)
-
-
-def half(x: Tensor) -> np.ndarray:
-    """Q16 to binary16, nearest, ties to even."""
-    return ops.from_q16(x).numpy().astype(np.float16)
-
-
-def merge(engine: attention.Partial, outputs: Tensor, maximum: Tensor, total: Tensor) -> Tensor:
-    """Q16 [..., dh] of an engine partial [...] and a drive's outputs (Q16) with their softmax state [...].
-
-    Weights `l * 2^M` in a common unit, the engine's share as Q16 (floor), one rounding: exact integers, and the
-    engine's output alone where the drive holds nothing (total 0).
-    """
-    live = (engine.l > 0) & (total > 0)
-    d = engine.m - maximum
-    mine = engine.l << (SUM_FRAC - P_FRAC - L_EXTRA_FRAC)
-    mine, other = mine >> (-d).clamp(0, SHIFT_LIMIT), total >> d.clamp(0, SHIFT_LIMIT)
-    surplus = (ops.bitlen(torch.maximum(mine, other)) - 44).clamp(min=0)
-    mine, other = mine >> surplus, other >> surplus
-    share = torch.div(mine << MERGE_FRAC, (mine + other).clamp(min=1), rounding_mode="floor")
-    share = torch.where(live, share, (engine.l > 0).long() << MERGE_FRAC)[..., None]
-    blended = share * attention.finish(engine) + ((1 << MERGE_FRAC) - share) * outputs
-    return ops.rnd_shift(blended, MERGE_FRAC)
 
 
 class Placement(Protocol):
@@ -115,7 +50,7 @@ class InStorage:
         rows = []
         for t in range(len(q)):
             tokens = start + t + 1
-            selection = self.sparsity.selection(tokens) if self.sparsity else None
+            selection = Selection(*self.sparsity.at(tokens)) if self.sparsity else None
             result = self.driver.attend(self.task, self.batch, layer, half(q[t])[None], selection, tokens)
             if result.errors:
                 raise result.errors[0]
@@ -159,96 +94,4 @@ class WindowAndStorage:
             raise result.errors[0]
         outputs = ops.to_q16(result.outputs[0].astype(np.float64))
         state = (torch.from_numpy(x[0]) for x in (result.maximum, result.sum))
-        return _merged(engine, outputs, *state)
-
-
-def _merged(engine: attention.Partial, outputs: Tensor, maximum: Tensor, total: Tensor) -> Tensor:
-    """[1, Hq * dh] of an engine partial [Hkv, G] and drive state [Hq]."""
-    shape = engine.l.shape
-    merged = merge(engine, outputs.view(*shape, -1), maximum.view(shape), total.view(shape))
-    return merged.flatten()[None]
-
-
-def engine_partial(q: Tensor, keys: Tensor, values: Tensor, bits: int) -> attention.Partial:
-    """Partial [Hkv, G] of one token's q [Hq, dh] over keys and values [S, Hkv, dh], quantised as the cache is."""
-    k, v = (ops.quantise_kv(x.transpose(0, 1), bits) for x in (keys, values))
-    live = attention.padded(torch.ones(1, len(keys), dtype=torch.bool))
-    k, v = (attention.pad_slots(KVCodes(x.codes.float(), x.scale, x.minimum), live.shape[-1]) for x in (k, v))
-    a8 = attention.group_heads(q[:, None], k.codes.shape[0])
-    z = attention.scores(a8, k, attention.ScoreScale.of(q.shape[-1]))
-    p = attention.attend_partial(z, live, v)
-    return attention.Partial(p.m[..., 0], p.l[..., 0], p.o[..., 0, :])
-
-
-# --- golden forms ---------------------------------------------------------------------------------------
-class _StoredCache:
-    """k and v of a sequence as they were computed, Q16 [S, Hkv, dh] per layer."""
-
-    def __init__(self, layers: int) -> None:
-        self.length = 0
-        self.k: list[list[Tensor]] = [[] for _ in range(layers)]
-        self.v: list[list[Tensor]] = [[] for _ in range(layers)]
-
-
-class StorageDecoder(ExactDecoder):
-    """Golden form of `csd`: the exact decoder with in-storage attention over binary16 k and v."""
-
-    def __init__(self, checkpoint: Checkpoint, weights: str = "w4", sparsity: Sparsity | None = None) -> None:
-        super().__init__(checkpoint, weights)
-        self.sparsity = sparsity
-
-    def new_cache(self) -> _StoredCache:  # type: ignore[override]
-        """An empty cache."""
-        return _StoredCache(self.config.layers)
-
-    def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, cache: _StoredCache) -> Tensor:  # type: ignore[override]
-        """Rotate, store, attend token by token."""
-        c, steps = self.config, len(q)
-        cos, sin = ops.rope_table(torch.arange(cache.length, cache.length + steps), c.head_size, c.rope_base)
-        heads = [x.view(steps, -1, c.head_size) for x in (q, k, v)]
-        turned = [ops.rope(x.transpose(0, 1), cos, sin).transpose(0, 1) for x in heads[:2]]
-        rows = []
-        for t in range(steps):
-            cache.k[layer].append(turned[1][t])
-            cache.v[layer].append(heads[2][t])
-            rows.append(self.token(turned[0][t], torch.stack(cache.k[layer]), torch.stack(cache.v[layer])))
-        return torch.stack(rows)
-
-    def token(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Q16 [Hq * dh] of q [Hq, dh] over k and v [S, Hkv, dh]."""
-        outcomes = [self.head(q, k, v, h) for h in range(self.config.kv_heads)]
-        return ops.to_q16(np.concatenate([o.output for o in outcomes]).astype(np.float64)).flatten()
-
-    def head(self, q: Tensor, k: Tensor, v: Tensor, head: int) -> Outcome:
-        """In-storage attention of one KV head's queries."""
-        group = self.config.group
-        queries, keys, values = half(q[head * group : (head + 1) * group]), half(k[:, head]), half(v[:, head])
-        if self.sparsity is None:
-            y, state = exact(queries, keys, values, np.ones(len(keys), bool))
-            return Outcome.of(to_fp16(y), state)
-        s = self.sparsity.selection(len(keys))
-        trace = sparf(queries, keys, values, mean_value(values), r=s.r, top=s.k, window=s.window)
-        return Outcome.of(trace.output, trace.state)
-
-
-class HybridDecoder(StorageDecoder):
-    """Golden form of `engine+csd`."""
-
-    def __init__(self, checkpoint: Checkpoint, split: Split, weights: str = "w4", kv: str = "kv4") -> None:
-        super().__init__(checkpoint, weights)
-        self.split, self.bits = split, KV_FORMATS[kv].bits
-
-    def token(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Engine over sinks and window, in-storage attention over the tokens between, merged."""
-        first, older = self.split.sinks, self.split.older(len(k))
-        between = slice(first, first + older)
-        near = torch.tensor([i for i in range(len(k)) if i < first or i >= first + older])
-        partial = engine_partial(q, k[near], v[near], self.bits)
-        if not older:
-            return attention.finish(partial).flatten()
-        outcomes = [self.head(q, k[between], v[between], h) for h in range(self.config.kv_heads)]
-        outputs = ops.to_q16(np.concatenate([o.output for o in outcomes]).astype(np.float64))
-        maximum, total = (
-            torch.from_numpy(np.concatenate([getattr(o, n) for o in outcomes])) for n in ("maximum", "sum")
-        )
-        return _merged(partial, outputs, maximum, total)[0]
+        return merged_row(engine, outputs, *state)

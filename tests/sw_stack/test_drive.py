@@ -11,10 +11,9 @@ from golden.spec import KVStrataError
 from golden.spec.nvme import SQE_FIELDS, AddressMap, LogicalAddress, Opcode, Status
 from golden.spec.storage import PageKind
 from golden.storage import layout
-from golden.storage.attention import dense, sparf
+from golden.storage.attention import dense, mean_value, sparf
 from sw_stack.drive import commands as c
 from sw_stack.drive import shape as pages
-from sw_stack.drive.attention import mean_value
 from sw_stack.drive.driver import Driver, Selection, open_drive
 from sw_stack.drive.errors import (
     BY_STATUS,

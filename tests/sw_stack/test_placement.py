@@ -14,24 +14,14 @@ from golden.ops import to_q16
 from golden.spec import KVStrataError
 from golden.spec.engine import SMALL
 from golden.storage.attention import dense
+from golden.storage.decoder import HybridDecoder, Sparsity, Split, StorageDecoder, engine_partial, half, merge
 from sw_stack.compile.decoder import compile_split
 from sw_stack.device.golden import GoldenDevice
 from sw_stack.drive.driver import Driver, open_drive
 from sw_stack.drive.errors import DriveFull
 from sw_stack.drive.flash import Geometry
 from sw_stack.drive.shape import TaskShape
-from sw_stack.runtime.placement import (
-    HybridDecoder,
-    InStorage,
-    Placement,
-    Sparsity,
-    Split,
-    StorageDecoder,
-    WindowAndStorage,
-    engine_partial,
-    half,
-    merge,
-)
+from sw_stack.runtime.placement import InStorage, Placement, WindowAndStorage
 from sw_stack.runtime.session import SplitSession
 from tests.sw_stack.machines import SHAPE, Machine, MakeMachine
 

@@ -14,6 +14,7 @@ VERBS = (
     "accuracy",
     "bench",
     "calibrate",
+    "cells",
     "check-rtl",
     "compile",
     "device",

@@ -27,7 +27,6 @@ from hw.engine.mem.address import AddressGenerator
 from hw.engine.mem.append_ports import WordWriter
 from hw.engine.mem.reader import ReadChannel
 from hw.engine.mem.striped import BURST_QUEUE
-from hw.engine.mem.writer import WriteChannel
 from hw.engine.queue import QUEUE_DEPTH, UnitQueue
 from hw.engine.sfu.timing import instruction_cycles
 from hw.engine.sfu.unit import SETTLE_WORDS
@@ -391,7 +390,7 @@ class Dma:
         beats = -(-f["count"] // self._ratio)
         rows = [list(bursts((f["addr"] + v * f["stride"]) // WORD_BYTES, beats)) for v in range(f["vectors"])]
         if write:
-            return self._write(posted, f["count"] * f["vectors"], rows[-1][-1])
+            return self._write(posted, rows, f["count"])
         handed, moved = posted + AddressGenerator.latency, 0.0
         per_beat = 1 / self._memory.words_per_cycle
         for beats_of in rows:
@@ -404,11 +403,17 @@ class Dma:
                 moved = max(moved + here, arrived + FIFO_OUT + here, arrived + n * per_beat + FIFO_OUT)
         return math.ceil(moved)
 
-    def _write(self, posted: int, words: int, last_burst: int) -> int:
-        """Bursts start when all their beats are in the write buffer, and go out while the next ones gather."""
-        gathered = posted + WRITE_GATHER + words - 1
-        address = gathered + WriteChannel.latency - 1
-        return address + last_burst - 1 + self._memory.write_latency_cycles
+    def _write(self, posted: int, rows: list[list[int]], count: int) -> int:
+        """A burst starts when all its beats are in the write buffer and the one before has left it."""
+        start, moved = 0, posted + WRITE_GATHER - 1
+        for beats_of in rows:
+            left = count
+            for beats in beats_of:
+                here = min(left, beats * self._ratio)
+                left, moved = left - here, moved + here
+                start = max(moved + 1, start)
+                last, start = start, start + beats
+        return last + beats + self._memory.write_latency_cycles
 
 
 # --- instructions -------------------------------------------------------------------------------------------

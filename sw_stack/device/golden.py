@@ -34,15 +34,15 @@ class _Queued:
 
 
 class GoldenDevice:
-    """Functional engine over an image directory.
+    """Functional engine over an image directory, or over memories as they are.
 
     `seed` None executes in program order; a number picks ready units at random.
     """
 
     name = "golden"
 
-    def __init__(self, image: Image, seed: int | None = None) -> None:
-        self.state = EngineState.from_image(image)
+    def __init__(self, image: Image | EngineState, seed: int | None = None) -> None:
+        self.state = image if isinstance(image, EngineState) else EngineState.from_image(image)
         self._random = None if seed is None else random.Random(seed)
 
     # --- host side

@@ -10,7 +10,7 @@ def command() -> None:
     from sw_stack.assumptions import load, markdown
     from sw_stack.cli.output import note
     from sw_stack.report import benchmarks
-    from sw_stack.report.readme import with_reproduction, with_results
+    from sw_stack.report.readme import with_hardware_text, with_reproduction, with_results
 
     page = ROOT / "docs" / "assumptions.md"
     write_atomically(page, markdown(load(page.parent / "assumptions.d")))
@@ -20,6 +20,10 @@ def command() -> None:
     readme = ROOT / "README.md"
     write_atomically(readme, with_reproduction(readme.read_text()))
     note("wrote the reproduction table of README.md")
+    text = build_dir() / "report" / "rtl-text.json"
+    if text.is_file():
+        write_atomically(readme, with_hardware_text(readme.read_text(), json.loads(text.read_text())))
+        note("wrote the hardware's text of README.md")
     summary = build_dir() / "report" / "summary.json"
     if not summary.is_file():
         note("README.md keeps its results: there is no report yet (make sim)")

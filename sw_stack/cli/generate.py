@@ -1,5 +1,6 @@
 """`kvstrata generate`: text from the real model at a level of the golden model."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -26,16 +27,29 @@ def command(
         int | None, typer.Option(min=1, help="SparF on placement csd: attend to one token in so many")
     ] = None,
     window: Annotated[int, typer.Option(min=1, help="recent tokens on the engine for engine+csd")] = 64,
+    memory: Annotated[
+        str, typer.Option(help="memory of device rtl or timing: hbm, random, or a fixed latency in cycles")
+    ] = "hbm",
+    raw: Annotated[bool, typer.Option("--raw", help="continue the prompt instead of answering it")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="run the golden device too and demand equal tokens and logits")
+    ] = False,
+    save: Annotated[
+        Path | None, typer.Option(help="also write a device's result as JSON to this file")
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="GGUF file or checkpoint folder; SmolLM2-135M if none")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
 ) -> None:
     """Answer a prompt greedily and print the text with its speed."""
+    import json
     import time
+    from dataclasses import replace
 
     from golden.llama import build, generate, load_model
     from golden.spec import KVStrataError
+    from hw.flow.cache import write_atomically
     from sw_stack.chain.language import check_prompt
     from sw_stack.cli.output import console, note, show_json
 
@@ -44,22 +58,30 @@ def command(
     if checkpoint.tokenizer is None:
         raise KVStrataError(f"generating text needs a tokenizer, and {model} holds none")
     if device is not None:
+        from golden.storage.decoder import Sparsity, Split
         from sw_stack.runtime.generate import on_device
         from sw_stack.runtime.machine import Setup
-        from sw_stack.runtime.placement import Sparsity, Split
 
         sparsity = Sparsity(ratio=sparse) if sparse else None
-        setup = Setup(engine, device, placement, weights, kv, context, sparsity, Split(window=window))
+        setup = Setup(engine, device, placement, weights, kv, context, sparsity, Split(window=window), memory)
         with console.status("starting") as status:
-            run = on_device(checkpoint, setup, prompt, tokens, status.update)
+            run = on_device(checkpoint, setup, prompt, tokens, status.update, not raw)
+            if check:
+                golden = on_device(
+                    checkpoint, replace(setup, device="golden"), prompt, tokens, status.update, not raw
+                )
+                run.require_equal(golden)
+        result = {**run.to_json(), "equal_to_golden": check or None}
+        if save is not None:
+            write_atomically(save, json.dumps(result, indent=1) + "\n")
         if as_json:
-            show_json(run.to_json())
+            show_json(result)
             return
         typer.echo(run.text)
-        note(run.summary())
+        note(run.summary() + ("; equal to golden in all tokens and logits" if check else ""))
         return
     decoder = build(checkpoint, level, weights, kv)
-    ids = checkpoint.tokenizer.encode(checkpoint.tokenizer.chat(prompt))
+    ids = checkpoint.tokenizer.encode(prompt if raw else checkpoint.tokenizer.chat(prompt))
     start = time.perf_counter()
     with console.status("thinking") as status:
         seen: list[int] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,10 @@ BEGIN, END = "<!-- results: written by `make docs` from the last `make sim` -->"
 
 
 REPRODUCTION = ("<!-- reproduction: written by `make docs` -->", "<!-- end of reproduction -->")
+HARDWARE_TEXT = (
+    "<!-- hardware text: written by `make docs` from the last `kvstrata generate --save` of the RTL -->",
+    "<!-- end of hardware text -->",
+)
 
 
 def with_results(page: str, summary: Mapping[str, Any]) -> str:
@@ -21,6 +26,41 @@ def with_results(page: str, summary: Mapping[str, Any]) -> str:
 def with_reproduction(page: str) -> str:
     """`page` with its table of published and modelled figures computed anew."""
     return _replaced(page, REPRODUCTION, reproduction())
+
+
+def with_hardware_text(page: str, run: Mapping[str, Any]) -> str:
+    """`page` with the text that the RTL wrote, from the JSON of `kvstrata generate --device rtl --check --save`.
+
+    KVStrataError for a run of another device, or one that was not held against the golden device.
+    """
+    if run["setup"]["device"] != "rtl" or not run["equal_to_golden"]:
+        raise KVStrataError(
+            f"README shows text of device rtl that was checked against golden; got device {run['setup']['device']!r}, "
+            f"checked {run['equal_to_golden']!r}"
+        )
+    return _replaced(page, HARDWARE_TEXT, hardware_text(run))
+
+
+def hardware_text(run: Mapping[str, Any]) -> str:
+    """Prompt, text, what was equal, cycles, and the command that writes it again."""
+    setup, cycles = run["setup"], run["cycles"]
+    memory = (
+        f"a memory latency of {setup['memory']} cycles" if setup["memory"].isdecimal() else setup["memory"]
+    )
+    command = (
+        f"kvstrata generate --device rtl --engine {setup['engine']} --weights {setup['weights']} --kv {setup['kv']} "
+        f"--context {setup['context']} --memory {setup['memory']}{'' if run['chat'] else ' --raw'} "
+        f"--tokens {len(run['tokens'])} --prompt {json.dumps(run['prompt'])} --check"
+    )
+    text = " ".join(run["text"].split())
+    facts = (
+        f"SmolLM2-135M, {setup['weights'].upper()} A8 {setup['kv'].upper()}: all layers and the "
+        f"LM head on the Verilated `{setup['engine']}` engine with {memory}. {run['prompt_tokens']} prompt tokens, "
+        f"{len(run['tokens'])} new ones; every token and every logit equals the golden device's. "
+        f"{run['prefill_cycles']:,} cycles for the prompt, {sum(cycles) // len(cycles):,} per token after it."
+    )
+    shown = ["## Text that the hardware wrote", "", f"> {run['prompt']} **{text}**", "", facts]
+    return "\n".join([*shown, "", "```sh", command, "```", ""])
 
 
 def _replaced(page: str, marks: tuple[str, str], text: str) -> str:

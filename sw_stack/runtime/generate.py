@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -12,7 +13,6 @@ import torch
 from golden.loaders.checkpoint import Checkpoint
 from golden.ops import argmax_lowest
 from golden.spec import KVStrataError
-from golden.spec.memory import MemoryModel
 from sw_stack.runtime.machine import Setup, open_session
 from sw_stack.runtime.session import Session
 
@@ -23,6 +23,7 @@ class DeviceRun:
 
     setup: Setup
     prompt: str
+    chat: bool
     prompt_tokens: int
     tokens: list[int]
     text: str
@@ -48,9 +49,24 @@ class DeviceRun:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the logits."""
+        """Everything, with a hash in place of the logits."""
         stored = {k: v for k, v in self.__dict__.items() if k not in ("logits", "setup")}
-        return {"setup": asdict(self.setup), **stored}
+        digest = hashlib.sha256(self.logits.numpy().astype("<i4").tobytes()).hexdigest()
+        return {"setup": asdict(self.setup), **stored, "logits_sha256": digest}
+
+    def require_equal(self, other: DeviceRun) -> None:
+        """KVStrataError naming the first logit or token that another device computed differently."""
+        mine, theirs = self.setup.device, other.setup.device
+        for step, (a, b) in enumerate(zip(self.logits, other.logits)):
+            wrong = (a != b).nonzero()
+            if len(wrong):
+                i = int(wrong[0])
+                raise KVStrataError(
+                    f"devices must compute the same logits; logit {i} of step {step} is {int(a[i])} on {mine} and "
+                    f"{int(b[i])} on {theirs}"
+                )
+        if self.tokens != other.tokens:
+            raise KVStrataError(f"devices must write the same tokens; got {self.tokens} and {other.tokens}")
 
 
 def on_device(
@@ -59,19 +75,22 @@ def on_device(
     prompt: str,
     new_tokens: int,
     progress: Callable[[str], None] = lambda _: None,
-    memory: MemoryModel | None = None,
+    chat: bool = True,
 ) -> DeviceRun:
-    """Answer a chat prompt greedily; stops early at the end-of-text token. KVStrataError when it does not fit."""
+    """Answer a prompt greedily, or continue it (`chat` False); stops early at the end-of-text token.
+
+    KVStrataError when it does not fit.
+    """
     if checkpoint.tokenizer is None:
         raise KVStrataError("generating text needs a tokenizer; the checkpoint holds none")
-    ids = checkpoint.tokenizer.encode(checkpoint.tokenizer.chat(prompt))
+    ids = checkpoint.tokenizer.encode(checkpoint.tokenizer.chat(prompt) if chat else prompt)
     if len(ids) + new_tokens > setup.context:
         raise KVStrataError(
             f"prompt and answer must fit the context of {setup.context} tokens; got {len(ids)} and {new_tokens}"
         )
-    session = open_session(checkpoint, setup, memory, progress)
+    session = open_session(checkpoint, setup, progress)
     try:
-        return _decode(session, checkpoint, setup, prompt, ids, new_tokens, progress)
+        return _decode(session, checkpoint, setup, prompt, chat, ids, new_tokens, progress)
     finally:
         session.device.close()
 
@@ -81,6 +100,7 @@ def _decode(
     checkpoint: Checkpoint,
     setup: Setup,
     prompt: str,
+    chat: bool,
     ids: list[int],
     new_tokens: int,
     progress: Callable[[str], None],
@@ -98,6 +118,6 @@ def _decode(
         cycles.append(session.cycles - before)
         tokens.append(int(argmax_lowest(rows[-1])))
     return DeviceRun(
-        setup, prompt, len(ids), tokens, checkpoint.tokenizer.decode(tokens), prefilled - start,
+        setup, prompt, chat, len(ids), tokens, checkpoint.tokenizer.decode(tokens), prefilled - start,
         time.perf_counter() - prefilled, prefill_cycles, cycles, torch.stack(rows),
     )  # fmt: skip

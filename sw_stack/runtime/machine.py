@@ -12,6 +12,7 @@ from golden.spec import SPEC_VERSION, KVStrataError
 from golden.spec.engine import ENGINE_CONFIGS
 from golden.spec.formats import W8
 from golden.spec.memory import MemoryModel
+from golden.storage.decoder import Sparsity, Split
 from hw.flow.cache import build_dir, content_key
 from sw_stack.compile.decoder import Programs, compile_model, compile_split
 from sw_stack.device.golden import GoldenDevice
@@ -21,7 +22,7 @@ from sw_stack.drive.flash import Geometry
 from sw_stack.drive.shape import TaskShape
 from sw_stack.pack.image import Image, pack_checkpoint
 from sw_stack.pack.memory_map import MemoryMap
-from sw_stack.runtime.placement import PLACEMENTS, InStorage, Placement, Sparsity, Split, WindowAndStorage
+from sw_stack.runtime.placement import PLACEMENTS, InStorage, Placement, WindowAndStorage
 from sw_stack.runtime.session import Session, SplitSession
 
 DEVICES = ("golden", "rtl", "timing")
@@ -40,8 +41,11 @@ class Setup:
     context: int = 512
     sparsity: Sparsity | None = None
     split: Split = Split()
+    memory: str = "hbm"
+    """Memory of a device with time: hbm, random (up to 120 cycles, one transfer in five idle), or a fixed latency."""
 
     def __post_init__(self) -> None:
+        memory_model(self.memory)
         for value, known, what in (
             (self.engine, ENGINE_CONFIGS, "an engine"),
             (self.device, DEVICES, "a device"),
@@ -51,6 +55,17 @@ class Setup:
                 raise KVStrataError(f"{what} is one of {', '.join(known)}; got {value!r}")
         if self.sparsity and self.placement != "csd":
             raise KVStrataError(f"sparse attention needs placement csd; got {self.placement!r}")
+
+
+def memory_model(name: str) -> MemoryModel:
+    """A memory by the name that `Setup` takes; KVStrataError for another."""
+    if name == "hbm":
+        return MemoryModel()
+    if name == "random":
+        return MemoryModel("random", latency_cycles=120, stall_percent=20)
+    if not name.isdecimal():
+        raise KVStrataError(f"a memory is hbm, random or a fixed latency in cycles; got {name!r}")
+    return MemoryModel("fixed", latency_cycles=int(name))
 
 
 def memory_map(checkpoint: Checkpoint, setup: Setup) -> MemoryMap:
@@ -81,16 +96,17 @@ def programs(image: Image, setup: Setup) -> Programs:
     return build(image.map, image.norm_exponents)
 
 
-def open_device(image: Image, setup: Setup, memory: MemoryModel | None = None) -> EngineDevice:
+def open_device(image: Image, setup: Setup) -> EngineDevice:
     """A device over an image."""
     if setup.device == "rtl":
         from sw_stack.device.rtl import RtlDevice
 
-        return RtlDevice(image, memory)
+        return RtlDevice(image, memory_model(setup.memory))
     if setup.device == "timing":
+        from sw_stack.compile.memory import MemoryTiming
         from sw_stack.device.timing import TimingDevice
 
-        return TimingDevice(image)
+        return TimingDevice(image, MemoryTiming.of(memory_model(setup.memory)))
     return GoldenDevice(image)
 
 
@@ -110,7 +126,6 @@ def open_placement(checkpoint: Checkpoint, setup: Setup) -> tuple[Placement, Dri
 def open_session(
     checkpoint: Checkpoint,
     setup: Setup,
-    memory: MemoryModel | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Session:
     """A new sequence, ready for its first tokens."""
@@ -119,7 +134,7 @@ def open_session(
     progress("compiling")
     compiled = programs(image, setup)
     progress(f"opening the {setup.device} device")
-    device = open_device(image, setup, memory)
+    device = open_device(image, setup)
     embedding = engine_weight(checkpoint, "embed", fitting_group(W8, checkpoint.config.hidden))
     if setup.placement == "engine":
         return Session(device, compiled, embedding)

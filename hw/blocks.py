@@ -29,8 +29,8 @@ ENGINE = ("xcup",)
 """The engine is for UltraScale+ alone."""
 
 BLOCKS: dict[str, Block] = {
-    "rce_half_pair": Block(partial(array.LanePair, array.STEP // 2), ENGINE),
-    "rce_lane": Block(partial(lane.Lane, U280.tokens), ENGINE),
+    "rce_half_pair": Block(partial(array.LanePair, array.STEP // 2, primitives=True), ENGINE),
+    "rce_lane": Block(partial(lane.Lane, U280.tokens, lane.Multipliers.SCALE_IN_DSP), ENGINE),
     "rce_channel": Block(partial(ChannelPlanes, U280.lanes_per_channel), ENGINE),
     "rce_output_scale": Block(partial(ScaleLane), ENGINE),
     "engine_controller": Block(partial(Controller, U280), ENGINE),

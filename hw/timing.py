@@ -4,9 +4,10 @@ All counts are clock cycles of the engine with no memory stall and no conflict i
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from golden.spec.engine import Codes, EngineConfig, StreamFormat
-from hw.engine.decoder import PATTERN_WORDS, Decoder
+from hw.engine.decoder import PATTERN_WORDS
 from hw.engine.drain import Drain
 from hw.engine.matrix import ISSUE_TO_FINAL
 
@@ -28,32 +29,79 @@ class Product:
     """VB words drained per vector and row block; 0: all of a row block."""
 
 
-def words_until(config: EngineConfig, stream: StreamFormat, step: int) -> int:
-    """Words of a row block up to and with the last one that step `step` needs."""
-    words = (step // stream.steps_per_word(config) + 1) * stream.words_per_step(config)
-    if stream.scaled:
-        words += step // stream.scale_period(config) + 1
-    if stream.codes is Codes.S24:
-        words += PATTERN_WORDS * (step // stream.pattern_period(config) + 1)
-    return words
+@dataclass
+class _Kind:
+    """A kind of word in the decoder: one place to wait, one in use. Both values are cycles."""
+
+    used: int = -1
+    """When the last word that was taken comes into use."""
+    dropped: int = -1
+    """When the word in use was last given up."""
+
+    def take(self, earliest: int) -> int:
+        """The cycle in which the next word of this kind is taken: as soon as it can wait."""
+        return max(earliest, self.used)
+
+    def arrived(self, taken: int) -> None:
+        """The kind's next word, or the last of its three, was taken."""
+        self.used = max(taken + 1, self.dropped)
 
 
+def _periods(config: EngineConfig, stream: StreamFormat) -> tuple[int, int, int]:
+    """Steps between scale words, between pattern words (0: none), and between code words."""
+    scale = stream.scale_period(config) if stream.scaled else 0
+    return (
+        scale,
+        stream.pattern_period(config) if stream.codes is Codes.S24 else 0,
+        stream.steps_per_word(config),
+    )
+
+
+@lru_cache(maxsize=4096)
 def matrix_cycles(config: EngineConfig, product: Product) -> int:
     """Cycles from an operation's acceptance to `done`, both counted, when words arrive at one per cycle and channel.
 
-    Three resources in a chain, each in order: words (one per cycle), the array (`vectors` cycles per step) and the
-    drain (`vectors * groups` cycles per row block), with two accumulator banks between the last two. Per row block
-    the array waits for the latest of: its predecessor, the words of the step that is the tightest, and the drain of
-    the row block before last.
+    Words, steps and row blocks follow each other by these rules, each an earliest cycle:
+
+    - a word is taken in the cycle after the one before it, once the waiting place of its kind is free;
+    - it comes into use in the next cycle, or when the word of its kind in use is given up;
+    - a piece of a step is emitted one cycle later, one per cycle, once the step before has left for the array;
+    - a step enters the array one cycle later, `vectors` cycles after the step before; the first step of a row block
+      also waits for the drain of the row block before last (two accumulator banks);
+    - a row block drains `vectors * groups` cycles, from `DRAIN_START` after its last issue, one block after another.
     """
     stream, steps, vectors = product.stream, product.steps, product.vectors
-    groups = product.groups or config.lanes // config.vector_lanes
-    per_block, array, drain = stream.words_per_block(config, steps), steps * vectors, vectors * groups
-    tightest = max(words_until(config, stream, s) - s * vectors for s in range(steps))
-    fired, drained = [0, 0], [0, 0]
-    for block in range(product.blocks):
-        words = block * per_block + tightest + Decoder.latency
-        start = max(fired[-1] + 1, words, drained[-2] + 1)
-        fired.append(start + array - 1)
-        drained.append(max(fired[-1] + DRAIN_START, drained[-1] + 1) + drain - 1)
-    return drained[-1] + DRAIN_END + 1
+    drain = vectors * (product.groups or config.lanes // config.vector_lanes)
+    scale_period, pattern_period, code_period = _periods(config, stream)
+    scale, pattern, code = _Kind(), _Kind(), _Kind()
+    word = emitted = 0
+    entered, left = -vectors, [0, 0]
+    for _ in range(product.blocks):
+        for step in range(steps):
+            needed = [code]
+            for kind, period, words in ((scale, scale_period, 1), (pattern, pattern_period, PATTERN_WORDS)):
+                if not period:
+                    continue
+                needed.append(kind)
+                if step % period == 0:
+                    for _ in range(words):
+                        word = kind.take(word + 1)
+                    kind.arrived(word)
+            pieces = stream.words_per_step(config)
+            for piece in range(pieces):
+                if step % code_period == 0:
+                    word = code.take(word + 1)
+                    code.arrived(word)
+                ready = max(kind.used + 1 for kind in needed)
+                emitted = max(emitted + 1, ready, entered)
+                last = step == steps - 1
+                if piece < pieces - 1 or last or step % code_period == code_period - 1:
+                    code.dropped = emitted
+                if piece == pieces - 1:
+                    for kind, period in ((scale, scale_period), (pattern, pattern_period)):
+                        if period and (last or step % period == period - 1):
+                            kind.dropped = emitted
+            start = left[-2] + 1 if step == 0 else 0
+            entered = max(entered + vectors, emitted + 1, start)
+        left.append(max(entered + vectors - 1 + DRAIN_START, left[-1] + 1) + drain - 1)
+    return left[-1] + DRAIN_END + 1

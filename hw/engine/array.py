@@ -3,25 +3,34 @@
 A pair of rows owns 32 multipliers of 27 x 18 bits, and each does two multiply-accumulates per cycle:
 
 - dense: `(w1 + w2 * 2**18) * a`: two rows share an activation. Stored fields are unsigned, so the operand is a
-  concatenation; chains of four keep both 18-bit fields exact (4 * 255 * 127 < 2**17).
+  concatenation. A chain of eight sums to 19 bits a field (8 * 255 * 127 < 2**18), one more than there is room for: the
+  upper field's lowest bit, which is known without it (the parity of the products' lowest bits), tells the overlap.
 - 2:4: `(a1 + a2 * 2**15) * (w2 + w1 * 2**15)`: nothing is shared, the middle field is `a1 * w1 + a2 * w2` (pair-dot).
   a1 enters as a1 + 128, so that this operand too is a concatenation; `128 * sum(w1)` is taken off again, and w1 is odd,
   so the borrow of a negative w2 just clears its lowest bit.
 
 The weight operands stay while activation vectors pass: matrix-vector is the case of one vector.
+
+A chain is eight DSP48E2 on one cascade: operand and product registers inside, four post-adders between registers of
+the sum. `primitives` builds it so; without it the same registers are written as arithmetic, for simulation and formal
+work, and `tests/rtl/test_engine_dsp.py` holds the two against each other.
 """
 
-from amaranth import Cat, Const, Module, Mux, Signal, signed, unsigned
+from dataclasses import dataclass
+
+from amaranth import Cat, ClockSignal, Const, Instance, Module, Mux, Signal, Value, signed, unsigned
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
 from golden.spec.engine import STEP
 from hw.lib.arith import round_half
 
-CHAIN = 4
+CHAIN = 8
+HOPS = 4
+"""Post-adders of a cascade between two registers of the sum."""
 FIELD = 18
 PAIR_FIELD = 15
-SUM_BITS = 2 * FIELD
+SUM_BITS = 2 * FIELD + 2
 DOT_BITS = 22
 QUADS = STEP // 2
 """Quads of a full row."""
@@ -40,26 +49,74 @@ def _selects(patterns, sparse):
     return first, tuple(bit & ~dense for bit in second)
 
 
+@dataclass(frozen=True)
+class Operands:
+    """What a multiplier chooses its two operands from."""
+
+    first: Value
+    second: Value
+    sparse: Value
+    acts: list[Value]
+    weights: tuple[Value, Value]
+    kept: Value
+    dense: Value
+
+    def sparse_x(self) -> Value:
+        """a1 + 128 + a2 * 2**15."""
+        one = Mux(self.first == 0, self.acts[0], Mux(self.first == 1, self.acts[1], self.acts[2]))
+        two = Mux(self.second == 1, self.acts[1], Mux(self.second == 2, self.acts[2], self.acts[3]))
+        return Cat(one ^ 0x80, Const(0, 7), two, two[7].replicate(4)).as_signed()
+
+    def dense_x(self) -> Value:
+        """w1 + w2 * 2**18."""
+        return Cat(self.weights[0], Const(0, 10), self.weights[1], Const(0, 1)).as_signed()
+
+    def dense_y(self) -> Value:
+        """The activation of both rows."""
+        return self.dense.as_signed()
+
+    def selected(self, m) -> tuple[Value, Value]:
+        """Both operands by the selects alone, which read the weights where a step is dense: one LUT per bit."""
+        low, high = Signal(8, name="low"), Signal(12, name="high")
+        with m.Switch(self.first):
+            for i in range(3):
+                with m.Case(i):
+                    m.d.comb += low.eq(self.acts[i] ^ 0x80)
+            with m.Default():
+                m.d.comb += low.eq(self.weights[0])
+        with m.Switch(self.second):
+            for i in range(1, 4):
+                with m.Case(i):
+                    m.d.comb += high.eq(Cat(self.acts[i], self.acts[i][7].replicate(4)))
+            with m.Default():
+                m.d.comb += high.eq(Cat(Const(0, 3), self.weights[1]))
+        y = Mux(self.sparse, self.kept, self.dense_y())
+        return Cat(low, Const(0, 7), high).as_signed(), y[:FIELD].as_signed()
+
+
 class LanePair(wiring.Component):
     """Dot products of two output rows with 32 (dense) or 64 (2:4) activations per cycle.
 
     `load` takes a weight step; it is used from the next cycle on, with the `acts` of that cycle. `correction` (what the
     offset of dense codes added: 128 * sum of the activations, or 0) comes `latency - 1` cycles after its activations.
-    `dots` of the activations of cycle t are valid in cycle t + `latency`.
+    `dots` of the activations of cycle t are valid in cycle t + `latency` if `valid` was high in cycle t; stages
+    without work stand still.
 
     `planes[p]`: row r and position k at bit `(r * 32 + k) * 2`. `patterns[j]`: bit j of a pattern at `r * 16 + quad`.
     `dense_acts`: the 32 activations of a dense step; `acts`: the 64 of a 2:4 step.
     """
 
-    latency = 4
+    latency = 5
 
-    def __init__(self, positions: int = STEP):
+    def __init__(self, positions: int = STEP, *, primitives: bool = False):
         if positions % (2 * CHAIN) or not 2 * CHAIN <= positions <= STEP:
             raise ValueError(f"A pair has a multiple of {2 * CHAIN} positions up to {STEP}, not {positions}")
         self._positions = positions
+        self._primitives = primitives
         super().__init__(
             {
                 "load": In(1),
+                "valid": In(1),
                 "sparse": In(1),
                 "planes": In(data.ArrayLayout(unsigned(4 * positions), 4)),
                 "patterns": In(data.ArrayLayout(unsigned(positions), 3)),
@@ -73,13 +130,19 @@ class LanePair(wiring.Component):
     def elaborate(self, platform):
         m, positions = Module(), self._positions
         weights, first, second, sparse = self._weights(m)
-        products = [self._multiplier(m, j, weights, first[j], second[j], sparse) for j in range(positions)]
-        sums = []
-        for chain in range(positions // CHAIN):
-            total = Signal(SUM_BITS, name=f"sum_{chain}", reset_less=True)
-            m.d.sync += total.eq(sum(products[CHAIN * chain : CHAIN * (chain + 1)])[:SUM_BITS])
-            sums.append(total)
-        self._dots(m, sums, self._correction(m, weights, sparse))
+        enables = [self.valid]
+        for stage in range(1, self.latency):
+            later = Signal(name=f"valid_{stage}")
+            m.d.sync += later.eq(enables[-1])
+            enables.append(later)
+        operands = [self._operands(j, weights, first[j], second[j], sparse) for j in range(positions)]
+        chain = _cascade if self._primitives else _chain
+        sums, parities = [], []
+        for c in range(positions // CHAIN):
+            links = operands[CHAIN * c : CHAIN * (c + 1)]
+            sums.append(chain(m, c, links, enables))
+            parities.append(_parity(m, c, links))
+        self._dots(m, sums, parities, self._correction(m, weights, sparse), enables[-1])
         return m
 
     def _weights(self, m):
@@ -111,55 +174,45 @@ class LanePair(wiring.Component):
         second = [Cat(bits[2][j], bits[3][j]) for j in range(positions)]
         return weights, first, second, sparse
 
-    def _multiplier(self, m, j, weights, first, second, sparse):
-        """One DSP: operand registers, then the product register."""
+    def _operands(self, j, weights, first, second, sparse):
+        """What multiplier j gets, in front of its registers."""
         row, quad = divmod(j, self._positions // 2)
         c1, c2 = weights[row][2 * quad], weights[row][2 * quad + 1]
         acts = [self.acts[32 * quad + 8 * i : 32 * quad + 8 * i + 8] for i in range(4)]
-        x = Signal(signed(27), name=f"x_{j}", reset_less=True)
-        y = Signal(signed(FIELD), name=f"y_{j}", reset_less=True)
-        low, high = Signal(8, name=f"low_{j}"), Signal(12, name=f"high_{j}")
-        with m.Switch(first):
-            for i in range(3):
-                with m.Case(i):
-                    m.d.comb += low.eq(acts[i] ^ 0x80)
-            with m.Default():
-                m.d.comb += low.eq(weights[0][j])
-        with m.Switch(second):
-            for i in range(1, 4):
-                with m.Case(i):
-                    m.d.comb += high.eq(Cat(acts[i], acts[i][7].replicate(4)))
-            with m.Default():
-                m.d.comb += high.eq(Cat(Const(0, 3), weights[1][j]))
         kept = Cat(Const(1, 1), c2[0], (~c2[1]).replicate(13), c2[1], c1[0], ~c1[1])
-        dense = self.dense_acts[8 * j : 8 * j + 8]
-        product = Signal(SUM_BITS, name=f"product_{j}", reset_less=True)
-        m.d.sync += [
-            x.eq(Cat(low, Const(0, 7), high)),
-            y.eq(Mux(sparse, kept, Cat(dense, dense[7].replicate(10)))),
-            product.eq(x * y),
-        ]
-        return product
+        return Operands(
+            first=first,
+            second=second,
+            sparse=sparse,
+            acts=acts,
+            weights=(weights[0][j], weights[1][j]),
+            kept=kept.as_signed(),
+            dense=self.dense_acts[8 * j : 8 * j + 8],
+        )
 
     def _correction(self, m, weights, sparse):
         """What to take off each row, aligned with the chain sums, and the mode there."""
         mode = sparse
         rows = [sum(weights[r][2 * q][:2] for q in range(self._positions // 2)) for r in range(2)]
-        for stage in range(3):
+        for stage in range(self.latency - 1):
             delayed = [Signal(6, name=f"codes_{r}_{stage}", reset_less=True) for r in range(2)]
             later = Signal(name=f"sparse_{stage}", reset_less=True)
-            m.d.sync += [*(d.eq(r) for d, r in zip(delayed, rows)), later.eq(mode)]
+            with m.If(mode):
+                m.d.sync += [d.eq(r) for d, r in zip(delayed, rows)]
+            m.d.sync += later.eq(mode)
             rows, mode = delayed, later
         bias = 128 * 3 * (self._positions // 2)
         sparse_terms = [Cat(Const(0, 8), codes, Const(0, 1)).as_signed() - bias for codes in rows]
         return [Mux(mode, term, self.correction) for term in sparse_terms], mode
 
-    def _dots(self, m, sums, corrections):
+    def _dots(self, m, sums, parities, corrections, enable):
         terms, sparse = corrections
         middle = [round_half(total[PAIR_FIELD - 1 : 2 * PAIR_FIELD].as_signed()) for total in sums]
         middle = [value[:PAIR_FIELD].as_signed() for value in middle]
-        low = [total[:FIELD].as_signed() for total in sums]
-        high = [round_half(total[FIELD - 1 :].as_signed())[:FIELD].as_signed() for total in sums]
+        # The lower field's top bit lies on the upper field's lowest one.
+        tops = [total[FIELD] ^ parity for total, parity in zip(sums, parities)]
+        low = [Cat(total[:FIELD], top).as_signed() for total, top in zip(sums, tops)]
+        high = [(total[FIELD:].as_signed() + top)[: FIELD + 1].as_signed() for total, top in zip(sums, tops)]
         half = len(sums) // 2
         zero = Const(0, signed(1))
         rows = [
@@ -169,4 +222,90 @@ class LanePair(wiring.Component):
         dots = [Signal(signed(DOT_BITS), name=f"dot_{r}", reset_less=True) for r in range(2)]
         for r in range(2):
             m.d.comb += self.dots[r].eq(dots[r])
-            m.d.sync += dots[r].eq(sum(rows[r]) - terms[r])
+            with m.If(enable):
+                m.d.sync += dots[r].eq(sum(rows[r]) - terms[r])
+
+
+def _chain(m, index, operands, enables):
+    """Sum of the products of eight operand pairs, four cycles later."""
+    groups = []
+    for g in range(CHAIN // HOPS):
+        products = []
+        for j in range(HOPS * g, HOPS * (g + 1)):
+            x = Signal(signed(27), name=f"x_{index}_{j}", reset_less=True)
+            y = Signal(signed(FIELD), name=f"y_{index}_{j}", reset_less=True)
+            product = Signal(SUM_BITS, name=f"product_{index}_{j}", reset_less=True)
+            o = operands[j]
+            with m.If(enables[0] & o.sparse):
+                m.d.sync += [x.eq(o.sparse_x()), y.eq(o.kept)]
+            with m.Elif(enables[0]):
+                m.d.sync += [x.eq(o.dense_x()), y.eq(o.dense_y())]
+            with m.If(enables[1]):
+                m.d.sync += product.eq(x * y)
+            products.append(product)
+        part = Signal(SUM_BITS, name=f"part_{index}_{g}", reset_less=True)
+        with m.If(enables[2]):
+            m.d.sync += part.eq(sum(products))
+        groups.append(part)
+    total = Signal(SUM_BITS, name=f"sum_{index}", reset_less=True)
+    with m.If(enables[3]):
+        m.d.sync += total.eq(sum(groups))
+    return total
+
+
+_MULTIPLY_ADD = {"USE_MULT": "MULTIPLY", "AMULTSEL": "A", "BMULTSEL": "B", "MREG": 1}
+_UNUSED_REGISTERS = (
+    "ADREG",
+    "CREG",
+    "DREG",
+    "INMODEREG",
+    "OPMODEREG",
+    "ALUMODEREG",
+    "CARRYINREG",
+    "CARRYINSELREG",
+)
+_ZERO = {"D": 27, "C": 48, "INMODE": 5, "ALUMODE": 4, "CARRYIN": 1, "CARRYINSEL": 3, "CEAD": 1, "CEALUMODE": 1,
+         "CEC": 1, "CECARRYIN": 1, "CECTRL": 1, "CED": 1, "CEINMODE": 1, "RSTA": 1, "RSTALLCARRYIN": 1, "RSTALUMODE": 1,
+         "RSTB": 1, "RSTC": 1, "RSTCTRL": 1, "RSTD": 1, "RSTINMODE": 1, "RSTM": 1, "RSTP": 1}  # fmt: skip
+
+
+def _cascade(m, index, operands, enables):
+    """The same on a cascade of DSP48E2: the second four operands wait in a second operand register."""
+    above, total = Const(0, 48), Signal(48, name=f"cascade_{index}")
+    for j, choice in enumerate(operands):
+        x, y = choice.selected(m)
+        ends = (j + 1) % HOPS == 0
+        below = Signal(48, name=f"pcout_{index}_{j}")
+        depth = 1 + j // HOPS
+        registers = {f"{r}{kind}": depth for r in "AB" for kind in ("REG", "CASCREG")}
+        parameters = {**_MULTIPLY_ADD, **registers, "PREG": int(ends), **dict.fromkeys(_UNUSED_REGISTERS, 0)}
+        m.submodules[f"dsp_{index}_{j}"] = Instance(
+            "DSP48E2",
+            **{f"p_{k}": v for k, v in parameters.items()},
+            **{f"i_{k}": Const(0, n) for k, n in _ZERO.items()},
+            **{f"i_CE{port}1": enables[0] for port in "AB"},
+            **{f"i_CE{port}2": enables[depth - 1] for port in "AB"},
+            i_CEM=enables[depth],
+            i_CEP=enables[depth + 1],
+            i_CLK=ClockSignal(),
+            i_A=Cat(x, x[-1].replicate(3)),
+            i_B=y,
+            i_OPMODE=Const(0b00_001_01_01 if j else 0b00_000_01_01, 9),
+            i_PCIN=above,
+            o_PCOUT=below,
+            **({"o_P": total} if j == CHAIN - 1 else {}),
+        )
+        above = below
+    return total[:SUM_BITS]
+
+
+def _parity(m, index, operands):
+    """Lowest bit of a dense chain's upper field, with the chain's sum."""
+    odd = Const(0, 1)
+    for o in operands:
+        odd = odd ^ (o.weights[1][0] & o.dense[0])
+    for stage in range(LanePair.latency - 1):
+        later = Signal(name=f"odd_{index}_{stage}", reset_less=True)
+        m.d.sync += later.eq(odd)
+        odd = later
+    return odd

@@ -1,9 +1,10 @@
 """A configuration's resources as a sum of synthesised blocks.
 
 Rule: repeated blocks are synthesised once and counted; a pair of rows is synthesised as two halves of 16 multipliers
-(`LanePair(16)`) plus the adders that join their dot products; memories that a device holds in block RAM or URAM are
-counted by their shape. Wiring between blocks adds nothing. Sources of every row are the blocks that the engine
-elaborates.
+(`LanePair(16)`, on DSP48E2 cascades) plus the adders that join their dot products; memories that a device holds in
+block RAM or URAM are counted by their shape. Wiring between blocks adds nothing. Lanes make the minimum's product in
+LUTs, and as many of them the scale's too as the budget of DSPs wants (`lanes_without_dsp`). Sources of every row are
+the blocks that the engine elaborates; a LUT is one cell of Yosys' netlist, however few inputs it uses.
 """
 
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from hw.engine.array import DOT_BITS, LanePair
 from hw.engine.controller import Controller
 from hw.engine.decoder import ChannelPlanes, Incoming, Outgoing
 from hw.engine.drain import ScaleLane
-from hw.engine.lane import Lane
+from hw.engine.lane import Lane, Multipliers
 from hw.engine.matrix import Issue
 from hw.engine.mem.append import AppendUnit
 from hw.engine.mem.dma import DmaUnit
@@ -43,12 +44,17 @@ class Part:
     make: Callable[[], wiring.Component]
 
 
-def parts(config: EngineConfig) -> list[Part]:
+DSP_BUDGET = 4497
+"""DSPs of the published engine on the same board (reference: AccLLM)."""
+
+
+def parts(config: EngineConfig, lanes_without_dsp: int = 0) -> list[Part]:
     """The logic of an engine, block by block."""
     channel = {"addr_bits": ADDR_BITS, "data_bits": WORD_BITS, "fifo_beats": config.fifo_words}
     return [
-        Part("half pair of rows", config.lanes, lambda: LanePair(STEP // 2)),
-        Part("lane", config.lanes, lambda: Lane(config.tokens)),
+        Part("half pair of rows", config.lanes, lambda: LanePair(STEP // 2, primitives=True)),
+        Part("lane", config.lanes - lanes_without_dsp, lambda: Lane(config.tokens, Multipliers.SCALE_IN_DSP)),
+        Part("lane without DSP", lanes_without_dsp, lambda: Lane(config.tokens, Multipliers.LUTS)),
         Part("channel planes", config.channels, lambda: ChannelPlanes(config.lanes_per_channel)),
         Part("word sequence", 1, lambda: Incoming(config)),
         Part("step sequence", 1, lambda: Outgoing(config)),
@@ -86,9 +92,16 @@ def drain_select(config: EngineConfig) -> Resources:
     return Resources(select + config.lanes * DOT_BITS, 0, 0, 0.0, 0, 0, 0)
 
 
+def _synthesised(blocks: list[Part]) -> dict[str, Resources]:
+    return {p.name: resources(p.make(), p.name.replace(" ", "_")).scaled(p.count) for p in blocks if p.count}
+
+
 def compose(config: EngineConfig) -> dict[str, Resources]:
     """Resources by part (copies included), with `memories`, `select and join` and the `total`."""
-    table = {p.name: resources(p.make(), p.name.replace(" ", "_")).scaled(p.count) for p in parts(config)}
+    table = _synthesised(parts(config))
+    over = sum(row.dsp for row in table.values()) - DSP_BUDGET
+    if 0 < over <= config.lanes:
+        table = _synthesised(parts(config, over))
     table["memories"] = memories(config)
     table["select and join"] = drain_select(config)
     total = Resources(0, 0, 0, 0.0, 0, 0, 0)

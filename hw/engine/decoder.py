@@ -35,9 +35,9 @@ class ChannelControl(data.Struct):
     pattern: 2
     take_code: 1
     next_scale: 1
-    shift_scale: 1
+    scale_place: 5
     next_pattern: 1
-    shift_pattern: 1
+    pattern_place: 4
     next_code: 1
     emit: 1
     codes: 2
@@ -105,7 +105,8 @@ class ChannelPlanes(wiring.Component):
             m.d.sync += current.eq(waiting)
 
     def _patterns(self, m):
-        c, width, kept = self.control, self._lanes * STEP // 2, []
+        """The word in use holds the patterns of several steps; `step` chooses by place, nothing is shifted."""
+        c, width, chosen = self.control, self._lanes * STEP // 2, []
         for bit in range(PATTERN_WORDS):
             waiting, current = (
                 Signal(WORD_BITS, name=f"waiting_{bit}", reset_less=True),
@@ -113,29 +114,29 @@ class ChannelPlanes(wiring.Component):
             )
             with m.If(c.take_pattern & (c.pattern == bit)):
                 m.d.sync += waiting.eq(self.word)
-            with m.If(c.emit):
-                m.d.sync += self.step.patterns[bit].eq(current[:width])
-            with m.If(c.shift_pattern):
-                m.d.sync += current.eq(current >> width)
+            place = current.word_select(c.pattern_place[: (WORD_BITS // width - 1).bit_length()], width)
+            with m.If(c.emit & (c.codes == Codes.S24)):
+                m.d.sync += self.step.patterns[bit].eq(place)
             with m.If(c.next_pattern):
                 m.d.sync += current.eq(waiting)
-            kept.append(current)
-        m.d.comb += self.illegal.eq(c.shift_pattern & (kept[1] & kept[2])[:width].any())
+            chosen.append(place)
+        m.d.comb += self.illegal.eq(c.emit & (c.codes == Codes.S24) & (chosen[1] & chosen[2]).any())
 
     def _scales(self, m):
         c, lanes = self.control, self._lanes
         waiting, current = Signal(WORD_BITS, reset_less=True), Signal(WORD_BITS, reset_less=True)
         with m.If(c.take_scale):
             m.d.sync += waiting.eq(self.word)
+        pairs, singles = WORD_BITS // (32 * lanes), WORD_BITS // (16 * lanes)
+        pair = current.word_select(c.scale_place[: (pairs - 1).bit_length()], 32 * lanes)
+        single = current.word_select(c.scale_place[: (singles - 1).bit_length()], 16 * lanes)
         with m.If(c.emit):
             for lane in range(lanes):
-                pair, single = current[32 * lane :][:32], current[16 * lane :][:16]
+                both = pair[32 * lane :][:32]
                 m.d.sync += [
-                    self.step.scale[lane].eq(Mux(c.minimum, pair[:16], single)),
-                    self.step.minimum[lane].eq(Mux(c.minimum, pair[16:], 0)),
+                    self.step.scale[lane].eq(Mux(c.minimum, both[:16], single[16 * lane :][:16])),
+                    self.step.minimum[lane].eq(Mux(c.minimum, both[16:], 0)),
                 ]
-        with m.If(c.shift_scale):
-            m.d.sync += current.eq(Mux(c.minimum, current >> (32 * lanes), current >> (16 * lanes)))
         with m.If(c.next_scale):
             m.d.sync += current.eq(waiting)
 
@@ -221,7 +222,8 @@ class Incoming(wiring.Component):
 
 
 class Outgoing(wiring.Component):
-    """Counts emitted steps: where code, pattern and scale words and groups end for the chunk at hand."""
+    """Counts emitted steps: where code, pattern and scale words end for the chunk at hand, and which group of the scale
+    word (`scale_place`) and which step of the pattern words (`pattern_place`) it is."""
 
     def __init__(self, config: EngineConfig):
         self._config = config
@@ -233,7 +235,8 @@ class Outgoing(wiring.Component):
                 "busy": Out(1),
                 "chunk": Out(2),
                 "complete": Out(1),
-                "group_end": Out(1),
+                "scale_place": Out(5),
+                "pattern_place": Out(4),
                 "scale_end": Out(1),
                 "pattern_end": Out(1),
                 "code_end": Out(1),
@@ -247,11 +250,12 @@ class Outgoing(wiring.Component):
         pattern_period = WORD_BITS // (self._config.lanes_per_channel * STEP // 2)
         step, block = Signal(16), Signal(16)
         code, pattern, group, scale = Signal(3), Signal(6), Signal(4), Signal(8)
-        last = Signal()
+        last, group_end = Signal(), Signal()
         m.d.comb += [
             last.eq(step == op.steps - 1),
             self.complete.eq(self.chunk == words - 1),
-            self.group_end.eq(group == op.group_steps - 1),
+            group_end.eq(group == op.group_steps - 1),
+            self.pattern_place.eq(pattern),
             self.scale_end.eq(last | (scale == scale_period - 1)),
             self.pattern_end.eq(last | (pattern == pattern_period - 1)),
             self.code_end.eq(~self.complete | last | (code == per_word - 1)),
@@ -264,14 +268,17 @@ class Outgoing(wiring.Component):
                     step.eq(Mux(last, 0, step + 1)),
                     code.eq(Mux(self.code_end, 0, code + 1)),
                     pattern.eq(Mux(self.pattern_end, 0, pattern + 1)),
-                    group.eq(Mux(self.group_end | last, 0, group + 1)),
+                    group.eq(Mux(group_end | last, 0, group + 1)),
+                    self.scale_place.eq(Mux(self.scale_end, 0, self.scale_place + group_end)),
                     scale.eq(Mux(self.scale_end, 0, scale + 1)),
                 ]
                 with m.If(last):
                     m.d.sync += [block.eq(block + 1), self.busy.eq(block != op.blocks - 1)]
         with m.If(self.op.valid & self.op.ready):
             m.d.sync += [Value.cast(op).eq(Value.cast(self.op.payload)), self.busy.eq(1)]
-            m.d.sync += [x.eq(0) for x in (step, block, code, pattern, group, scale, self.chunk)]
+            m.d.sync += [
+                x.eq(0) for x in (step, block, code, pattern, group, scale, self.scale_place, self.chunk)
+            ]
         return m
 
 
@@ -377,8 +384,8 @@ class Decoder(wiring.Component):
             control.codes.eq(op.codes),
             control.minimum.eq(op.minimum),
             control.chunk.eq(outgoing.chunk),
-            control.shift_scale.eq(emit & outgoing.complete & outgoing.group_end & op.scaled),
-            control.shift_pattern.eq(emit & (op.codes == Codes.S24)),
+            control.scale_place.eq(outgoing.scale_place),
+            control.pattern_place.eq(outgoing.pattern_place),
         ]
         with m.If(emit & outgoing.complete):
             m.d.sync += self.step.valid.eq(1)

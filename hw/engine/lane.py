@@ -1,11 +1,14 @@
 """A lane behind its multipliers: group scaling and the exact accumulators of one output row."""
 
+import enum
+
 from amaranth import Cat, Const, Module, Mux, Signal, signed
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
 from golden.spec.formats import ATTN_ACC_BITS
 from hw.engine.array import DOT_BITS, LanePair
+from hw.lib.arith import Multiples, digit_product, multiples
 from hw.lib.memories import TypedMemory
 
 BANKS = 2
@@ -36,23 +39,40 @@ class ScaleControl(data.Struct):
 
     values: 1
     sum: signed(14)
+    multiples: Multiples
     shift: 6
 
 
 class AddControl(data.Struct):
-    """One cycle later: what a tile of values adds as it is."""
+    """Two cycles later: what a tile of values adds as it is."""
 
     values: 1
     addend: signed(ADDEND_BITS)
 
 
 class UpdateControl(data.Struct):
-    """Three cycles later: the accumulator to update."""
+    """Four cycles later: the accumulator to update."""
 
     valid: 1
     first: 1
     slot: 5
     decay: 6
+
+
+class Multipliers(enum.Enum):
+    """Where a lane's two products are made: the device has fewer DSPs to spare than lanes have products."""
+
+    INFERRED = 0
+    """Written as products, for simulation."""
+    SCALE_IN_DSP = 1
+    """The minimum's product in LUTs."""
+    LUTS = 2
+    """Both."""
+
+
+FINE = 2
+"""Low bits of a scale's shift, applied to the mantissa in front of the multiplier, which has room for it."""
+FACTOR_BITS = 12 + (1 << FINE) - 1
 
 
 class Lane(wiring.Component):
@@ -61,14 +81,15 @@ class Lane(wiring.Component):
     Weights and keys: scale and minimum are the row's fp16 records and `sum` the sum of the activations; decay is 0.
     Values: the product is `dot << shift`, plus `addend` as it is; scale and minimum are ignored. Accumulator `slot` =
     bank * vectors + vector, 56 bits. `load` takes `scale` and `minimum` with the weight step of the multipliers; they
-    meet the dot products of that step. `dot` and `control` belong to cycle t, `add` to t + 1, `update` to t + 3; the
+    meet the dot products of that step. `dot` and `control` belong to cycle t, `add` to t + 2, `update` to t + 4; the
     accumulator holds the result in t + `latency`. `drained` reads accumulator `drain` combinationally.
     """
 
-    latency = 4
+    latency = 5
 
-    def __init__(self, vectors: int):
+    def __init__(self, vectors: int, multipliers: Multipliers = Multipliers.INFERRED):
         self._slots = BANKS * vectors
+        self._multipliers = multipliers
         super().__init__(
             {
                 "load": In(1),
@@ -85,22 +106,24 @@ class Lane(wiring.Component):
 
     def elaborate(self, platform):
         m = Module()
-        wide = ATTN_ACC_BITS
-        scale, minimum = self._records(m)
-        product, least = Signal(signed(34), reset_less=True), Signal(signed(26), reset_less=True)
-        shift, least_shift = Signal(6, reset_less=True), Signal(5, reset_less=True)
+        wide, control = ATTN_ACC_BITS, self.control
+        factor, coarse, least_factor, least_shift = self._records(m)
+        product = Signal(signed(DOT_BITS + FACTOR_BITS), reset_less=True)
+        least = Signal(signed(26), reset_less=True)
+        own = Const(1, signed(FACTOR_BITS)) << control.shift[:FINE]
+        scaling = Mux(control.values, own, factor)[:FACTOR_BITS].as_signed()
         m.d.sync += [
-            product.eq(self.dot * Mux(self.control.values, 1, mantissa(scale))),
-            shift.eq(Mux(self.control.values, self.control.shift, half_shift(scale))),
-            least.eq(self.control.sum * mantissa(minimum)),
-            least_shift.eq(half_shift(minimum)),
+            product.eq(self._product(m, scaling)),
+            least.eq(self._least(m, least_factor)),
         ]
+        shift = self._twice(m, "shift", Mux(control.values, control.shift >> FINE, coarse)[:4])
+        later_shift = self._twice(m, "least_shift", least_shift)
         scaled, addend, change = (
             Signal(signed(wide), name=name, reset_less=True) for name in ("scaled", "addend", "change")
         )
         m.d.sync += [
-            scaled.eq(product << shift),
-            addend.eq(Mux(self.add.values, self.add.addend, least << least_shift)),
+            scaled.eq(product << Cat(Const(0, FINE), shift)),
+            addend.eq(Mux(self.add.values, self.add.addend, least << later_shift)),
             change.eq(scaled + addend),
         ]
         m.submodules.accumulators = acc = TypedMemory(
@@ -117,10 +140,31 @@ class Lane(wiring.Component):
         ]
         return m
 
+    @staticmethod
+    def _once(m, name, value):
+        later = Signal(value.shape(), name=f"{name}_1", reset_less=True)
+        m.d.sync += later.eq(value)
+        return later
+
+    def _twice(self, m, name, value):
+        return self._once(m, f"{name}_later", self._once(m, name, value))
+
+    def _product(self, m, scaling):
+        if self._multipliers is not Multipliers.LUTS:
+            return self._once(m, "scaled", self.dot * scaling)
+        of_dot = Signal(Multiples)
+        m.d.comb += [of_dot[name].eq(value) for name, value in multiples(self.dot).items()]
+        return digit_product(m, "scaled", self.dot, of_dot, scaling)
+
+    def _least(self, m, factor):
+        if self._multipliers is Multipliers.INFERRED:
+            return self._once(m, "least", self.control.sum * factor)
+        return digit_product(m, "least", self.control.sum, self.control.multiples, factor)
+
     def _records(self, m):
-        """The step's fp16 records, delayed as the multipliers delay its codes."""
+        """The step's records as (scale factor, its shift, minimum factor, its shift), delayed as its codes are."""
         records = Cat(self.scale, self.minimum)
-        for stage in range(1 + LanePair.latency):
+        for stage in range(LanePair.latency):
             later = Signal(32, name=f"records_{stage}", reset_less=True)
             if stage == 0:
                 with m.If(self.load):
@@ -128,4 +172,13 @@ class Lane(wiring.Component):
             else:
                 m.d.sync += later.eq(records)
             records = later
-        return data.View(Half, records[:16]), data.View(Half, records[16:])
+        scale, minimum = data.View(Half, records[:16]), data.View(Half, records[16:])
+        shift = half_shift(scale)
+        unpacked = (
+            (Signal(signed(FACTOR_BITS), name="factor", reset_less=True), mantissa(scale) << shift[:FINE]),
+            (Signal(3, name="coarse", reset_less=True), shift >> FINE),
+            (Signal(signed(12), name="least_factor", reset_less=True), mantissa(minimum)),
+            (Signal(5, name="least_shift", reset_less=True), half_shift(minimum)),
+        )
+        m.d.sync += [register.eq(value) for register, value in unpacked]
+        return tuple(register for register, _ in unpacked)

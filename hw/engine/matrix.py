@@ -22,6 +22,7 @@ from hw.engine.interfaces import (
     word_stream,
 )
 from hw.engine.lane import BANKS, AddControl, Lane, ScaleControl, UpdateControl
+from hw.lib.arith import multiples
 from hw.lib.memories import TypedMemory
 from hw.lib.shared import place
 from hw.lib.streams import StreamFIFO, connect
@@ -244,8 +245,13 @@ class MatrixUnit(wiring.Component):
 
     def _lanes(self, m, platform, decoder, issue, acts, drain):
         """The shared part of the pipeline: activations, sidecars and control, delayed to where lanes want them."""
-        half, offset, values = Signal(), Signal(), Signal()
-        m.d.sync += [half.eq(issue.half), offset.eq(issue.offset), values.eq(issue.values)]
+        half, offset, values, fired = Signal(), Signal(), Signal(), Signal()
+        m.d.sync += [
+            half.eq(issue.half),
+            offset.eq(issue.offset),
+            values.eq(issue.values),
+            fired.eq(issue.fire),
+        ]
         side = acts.sides[half]
         dense = Signal(8 * STEP)
         m.d.comb += dense.eq(Mux(half, acts.codes[8 * STEP :], acts.codes[: 8 * STEP]))
@@ -261,6 +267,7 @@ class MatrixUnit(wiring.Component):
             dots = place(m, platform, f"pair_{pair}", "lane_pair", LanePair)
             m.d.comb += [
                 dots.load.eq(issue.load),
+                dots.valid.eq(fired),
                 dots.sparse.eq(issue.sparse),
                 dots.dense_acts.eq(dense),
                 dots.acts.eq(acts.codes),
@@ -291,13 +298,14 @@ class MatrixUnit(wiring.Component):
         m.d.comb += [
             control.values.eq(values),
             control.sum.eq(side.addend),
+            *(control.multiples[name].eq(value) for name, value in multiples(control.sum).items()),
             control.shift.eq(side.shift),
             add.values.eq(values),
             add.addend.eq(side.addend),
             Value.cast(update).eq(Value.cast(now)),
             update.decay.eq(Mux(values, side.decay, 0)),
         ]
-        delays = (("control", control, 0), ("add", add, 1), ("update", update, 3))
+        delays = (("control", control, 0), ("add", add, 2), ("update", update, 4))
         return (self._delayed(m, name, Value.cast(x), LanePair.latency + d) for name, x, d in delays)
 
     @staticmethod

@@ -34,6 +34,12 @@ WAIVED_RULES = {
 }
 
 
+SPLIT = ["--output-split", "10000", "--output-split-cfuncs", "2000"]
+"""Small functions in small files: a compiler needs four times as long for the same code in a few huge functions."""
+SPLIT_ABOVE = 1_000_000
+"""Characters of Verilog from which on that matters."""
+
+
 class ToolMissing(KVStrataError):
     """A program that the build needs is not installed."""
 
@@ -100,6 +106,7 @@ def build_harness(
     )
     flags = ["-O3", "--x-assign", "fast", "--x-initial", "fast", "--noassert", "-Wall", "-Wno-fatal"]
     flags += ["--trace-fst"] if trace else []
+    flags += SPLIT if len(design.text) > SPLIT_ABOVE else []
     cflags = [
         "-std=c++20",
         *(f"-I{d}" for d in include_dirs),

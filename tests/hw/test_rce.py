@@ -8,7 +8,7 @@ from amaranth.sim import Simulator
 
 from golden.spec.formats import SPARSE24_CODES, SPARSE24_PATTERNS
 from hw.engine.array import QUADS, LanePair
-from hw.engine.lane import Lane
+from hw.engine.lane import Lane, Multipliers
 
 LENGTH = 40
 
@@ -44,6 +44,7 @@ def dots_of(cases):
         pipeline = []
         for sparse, rows, patterns, acts in [*cases, *[cases[-1]] * (LanePair.latency + 1)]:
             ctx.set(dut.load, 1)
+            ctx.set(dut.valid, 1)
             ctx.set(dut.sparse, sparse)
             for p, plane in enumerate(planes_of(rows)):
                 ctx.set(dut.planes[p], plane)
@@ -133,7 +134,8 @@ def wrap(value, bits=56):
     return (value + (1 << bits - 1)) % (1 << bits) - (1 << bits - 1)
 
 
-def test_lane_scales_accumulates_and_rescales_exactly():
+@pytest.mark.parametrize("multipliers", list(Multipliers))
+def test_lane_scales_accumulates_and_rescales_exactly(multipliers):
     """Weights and values in one random stream, each on its own accumulators, a step every cycle."""
     rng = random.Random(5)
     steps = []
@@ -153,7 +155,7 @@ def test_lane_scales_accumulates_and_rescales_exactly():
                 "slot": (i % 4) + (16 if values else 0) if i >= 8 else (i % 4) + 16 * (i // 4),
             }
         )
-    model, dut = {}, Lane(16)
+    model, dut = {}, Lane(16, multipliers)
     for s in steps:
         old = 0 if s["first"] else model[s["slot"]] >> s["decay"]
         if s["values"]:
@@ -166,7 +168,7 @@ def test_lane_scales_accumulates_and_rescales_exactly():
         latency = LanePair.latency
         for t in range(len(steps) + latency + Lane.latency + 1):
             at_time = {
-                ago: steps[t - ago] if 0 <= t - ago < len(steps) else None for ago in range(5 + latency)
+                ago: steps[t - ago] if 0 <= t - ago < len(steps) else None for ago in range(6 + latency)
             }
             if now := at_time[0]:
                 ctx.set(dut.load, 1)
@@ -175,10 +177,17 @@ def test_lane_scales_accumulates_and_rescales_exactly():
             if scaled := at_time[1 + latency]:
                 ctx.set(dut.dot, scaled["dot"])
                 sum_ = 0 if scaled["values"] else scaled["addend"]
-                ctx.set(dut.control, {"values": scaled["values"], "sum": sum_, "shift": scaled["shift"]})
-            if added := at_time[2 + latency]:
+                of_sum = {"thrice": 3 * sum_, "minus": -sum_}
+                control = {
+                    "values": scaled["values"],
+                    "sum": sum_,
+                    "multiples": of_sum,
+                    "shift": scaled["shift"],
+                }
+                ctx.set(dut.control, control)
+            if added := at_time[3 + latency]:
                 ctx.set(dut.add, {"values": added["values"], "addend": added["addend"]})
-            update = at_time[4 + latency]
+            update = at_time[5 + latency]
             ctx.set(dut.update.valid, update is not None)
             if update:
                 for name in ("first", "slot", "decay"):

@@ -1,5 +1,6 @@
 """The output scaler against plain integers, and broken hardware that the array's tests must notice."""
 
+import dataclasses
 import random
 
 import pytest
@@ -74,7 +75,14 @@ def test_missing_saturation_is_noticed(monkeypatch):
 def test_a_dropped_borrow_between_packed_fields_is_noticed(monkeypatch):
     monkeypatch.setattr(array, "round_half", lambda y: y >> 1)
     with pytest.raises(AssertionError):
-        test_rce.test_dense_dots_are_exact_for_every_code_width(4)
+        test_rce.test_every_pattern_and_code_pair_of_a_quad()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_an_unresolved_overlap_of_packed_fields_is_noticed(monkeypatch, bits):
+    monkeypatch.setattr(array, "_parity", lambda m, index, operands: Const(0, 1))
+    with pytest.raises(AssertionError):
+        test_rce.test_dense_dots_are_exact_for_every_code_width(bits)
 
 
 def test_a_dropped_correction_term_is_noticed(monkeypatch):
@@ -90,13 +98,13 @@ def test_a_dropped_correction_term_is_noticed(monkeypatch):
 
 
 def test_a_broken_multiplier_is_noticed(monkeypatch):
-    real = LanePair._multiplier
+    real = LanePair._operands
 
-    def broken(self, m, j, *operands):
-        product = real(self, m, j, *operands)
-        return product & ~1 if j == 17 else product
+    def broken(self, j, *operands):
+        o = real(self, j, *operands)
+        return dataclasses.replace(o, dense=o.dense & ~1) if j == 17 else o
 
-    monkeypatch.setattr(LanePair, "_multiplier", broken)
+    monkeypatch.setattr(LanePair, "_operands", broken)
     with pytest.raises(AssertionError):
         test_rce.test_dense_dots_are_exact_for_every_code_width(8)
 
@@ -113,4 +121,4 @@ def test_swapped_positions_of_a_pattern_are_noticed(monkeypatch):
 def test_a_wrong_subnormal_scale_is_noticed(monkeypatch):
     monkeypatch.setattr(lane, "half_shift", lambda half: (half.exponent - 1)[:5])
     with pytest.raises(AssertionError):
-        test_rce.test_lane_scales_accumulates_and_rescales_exactly()
+        test_rce.test_lane_scales_accumulates_and_rescales_exactly(lane.Multipliers.INFERRED)

@@ -178,9 +178,11 @@ def test_an_illegal_pattern_stops_the_unit():
 
 @pytest.mark.parametrize("name", list(WEIGHT_FORMATS))
 @pytest.mark.parametrize(
-    ("rows", "inner", "vectors"), [(8, 128, 1), (64, 256, 1), (64, 512, 3), (128, 128, 16)]
+    ("rows", "inner", "vectors"),
+    [(8, 128, 1), (64, 256, 1), (64, 512, 3), (128, 128, 16), (40, 640, 1), (16, 1024, 1), (64, 256, 5)],
 )
 def test_cycles_equal_the_closed_form(name, rows, inner, vectors):
+    """Every format, short and long row blocks, one and several vectors: decoder, array or drain at their limits."""
     o = operands(np.random.default_rng(1), name, rows, inner, vectors, GROUPS[name])
     stream = weight_stream(name, GROUPS[name])
     product = Product(stream, -(-rows // TINY.lanes), inner // stream.codes.step, vectors)

@@ -7,7 +7,7 @@ cycle named here is the one in which a transfer happens; what it changes is visi
 
 Not modelled: two units on one bank of the vector buffer in one cycle (the compiler gives them different banks), and
 single beats of the APPEND unit that delay a LOAD on their channel. Two masters of one port (LOAD and APPEND, fetcher
-and DMA) see each other's bursts from the pass before: the prediction is made twice.
+and DMA) see each other's bursts from the pass before.
 """
 
 from __future__ import annotations
@@ -350,7 +350,7 @@ class Append:
     def _key(self, placed: int, quiet: int, f: dict[str, int]) -> tuple[int, int]:
         """A scale record and the pieces, one a cycle; (FILL or DRAIN of the next, cycle with all answers in)."""
         last = placed + f["head_size"] // STEP * (f["bits"] // 2)
-        return last + 2, max(quiet, self._answered(last, self._memory.write_latency_cycles))
+        return last + 2, max(quiet, self._answered(last, 1))
 
     def _value(self, placed: int, quiet: int, f: dict[str, int]) -> tuple[int, int]:
         """Row block by row block: read the tile from every channel, change and write a word a cycle."""
@@ -360,16 +360,16 @@ class Append:
         while groups:
             here = min(groups, config.channels - channel)
             arrived = self._port.read(max(at, quiet) + ADDRESS, tile)
-            last = math.ceil(arrived) + here * tile
-            quiet = self._answered(last, self._memory.write_latency_cycles)
+            last = math.ceil(arrived) + self._memory.refresh_wait(here) + here * tile
+            quiet = self._answered(last, here)
             groups, channel, at = groups - here, 0, last + BLOCK_STAGES
         scale = last + 1
-        return scale + 2, max(quiet, self._answered(scale + 1, self._memory.write_latency_cycles))
+        return scale + 2, max(quiet, self._answered(scale + 1, 1))
 
-    @staticmethod
-    def _answered(written: int, latency: int) -> int:
-        """First cycle in which the writer is quiet after a word that it took in cycle `written`."""
-        return written + WordWriter.latency + latency + 1
+    def _answered(self, written: int, channels: int) -> int:
+        """First cycle in which the writer is quiet after the last word, taken in cycle `written`, for as many."""
+        memory = self._memory
+        return written + WordWriter.latency + memory.write_latency_cycles + memory.refresh_wait(channels) + 1
 
 
 WRITE_GATHER = 4
@@ -396,7 +396,7 @@ class Dma:
         for beats_of in rows:
             left = f["count"]
             for n in beats_of:
-                arrived = self._port.read(handed + ADDRESS, n)
+                arrived = self._port.read(handed + ADDRESS, n) + self._memory.refresh_wait(1)
                 handed += 1
                 here = min(left, n * self._ratio)
                 left -= here

@@ -27,6 +27,9 @@ EVERY_SLOT = 0xFFFF
 GROUPS_PER_WORD = 2
 HEAD_PIECES = 32
 """Pieces of the logits, at least: the last one's way to memory is not hidden by another's product."""
+HEAD_RING = 8
+"""Places that the pieces take in turn: the tokens of as many fit both counters between array and DMA, else each unit
+could wait for the other to take one."""
 VALUE_PIECES = 4
 """Most pieces in which V is quantised and stored in decode: every one costs instructions."""
 
@@ -85,7 +88,7 @@ class Emitter:
         region, width = self.map.regions["qkv"], self.model.heads * self.model.head_size
         kv_width = self.model.kv_heads * self.model.head_size
         for block, first, count in (
-            (self.at.q, 0, width),
+            (self.at.mixed, 0, width),
             (self.at.k, width, kv_width),
             (self.at.v, width + kv_width, kv_width),
         ):
@@ -171,16 +174,19 @@ class Emitter:
 
     def _key(self, layer: int) -> None:
         self._product(self.map.matrices[f"layers.{layer}.k"], self.at.k, f"layer {layer} k")
-        self._rope(self.at.k, 0, self.model.kv_heads, f"layer {layer} k")
+        self._rope(self.at.k, self.at.k, 0, self.model.kv_heads, f"layer {layer} k")
 
     def _value(self, layer: int) -> None:
         self._product(self.map.matrices[f"layers.{layer}.v"], self.at.v, f"layer {layer} v")
 
     def _query(self, layer: int, heads: range) -> None:
         self._query_product(layer, heads)
-        self._rope(
-            self.at.q, heads.start * self.model.group, len(heads) * self.model.group, f"layer {layer} q"
-        )
+        self._turn(heads, f"layer {layer} q")
+
+    def _turn(self, heads: range, note: str) -> None:
+        """Rotated queries lie where attention will leave its output, out of the way of the array, which writes q."""
+        group = self.model.group
+        self._rope(self.at.q, self.at.mixed, heads.start * group, len(heads) * group, note)
 
     def _query_product(self, layer: int, heads: range) -> None:
         """Queries of some KV heads."""
@@ -191,9 +197,9 @@ class Emitter:
     def _turn_queries(self, layer: int, heads: range) -> None:
         """Rotate and quantise queries of some KV heads: `fresh`, as the rotation wrote the same vectors just before."""
         first, count = heads.start * self.model.group, len(heads) * self.model.group
-        self._rope(self.at.q, first, count, f"layer {layer} q")
+        self._turn(heads, f"layer {layer} q")
         self._emit_query(
-            f"layer {layer} queries", self.at.q.at(offset=first * self.head_words), self.head_words, count,
+            f"layer {layer} queries", self.at.mixed.at(offset=first * self.head_words), self.head_words, count,
             self.at.q8.at(first), self.at.q_scale.at(first), fresh=1,
         )  # fmt: skip
 
@@ -258,16 +264,15 @@ class Emitter:
             dst=dst.at(offset=offset), dst_stride=dst.words,
         )  # fmt: skip
 
-    def _rope(self, block: Block, first: int, heads: int, name: str) -> None:
-        """Rotate `heads` heads of every token in place, from head `first` on."""
-        rope, offset = self.at.rope, first * self.head_words
+    def _rope(self, source: Block, target: Block, first: int, heads: int, name: str) -> None:
+        """Rotate `heads` heads of every token, from head `first` on."""
+        rope, offset, words = self.at.rope, first * self.head_words, heads * self.head_words
         for t in range(self.tokens):
-            at = block.at(t, offset=offset)
-            turned = Span("vb", at, at + heads * self.head_words)
+            at, to = source.at(t, offset=offset), target.at(t, offset=offset)
             self.builder.emit(
-                Op.ROPE, f"{name} rope of token {t}", [turned, rope.span(first=t, count=1)], [turned],
-                addr=at, stride=self.head_words, addr_b=rope.at(t), count=self.model.head_size,
-                vectors=heads, dst=at, dst_stride=self.head_words,
+                Op.ROPE, f"{name} rope of token {t}", [Span("vb", at, at + words), rope.span(first=t, count=1)],
+                [Span("vb", to, to + words)], addr=at, stride=self.head_words, addr_b=rope.at(t),
+                count=self.model.head_size, vectors=heads, dst=to, dst_stride=self.head_words,
             )  # fmt: skip
 
     def _gate(self, name: str) -> None:
@@ -357,7 +362,7 @@ class Emitter:
 
     def _quantise_queries(self, layer: int, head: int, first: int, count: int) -> None:
         """Queries of one KV head, ordered token, then query head, as the array passes them."""
-        q, q8, scale, group = self.at.q, self.at.q8, self.at.q_scale, self.model.group
+        q, q8, scale, group = self.at.mixed, self.at.q8, self.at.q_scale, self.model.group
         note = f"layer {layer} queries of head {head}"
         offset = head * group * self.head_words
         if group == 1:
@@ -448,7 +453,8 @@ class Emitter:
             return values.at(buffer=block), values.words, values.span(block)
         offset = heads[0] * self.model.group * self.head_words
         stride = self.head_words if count == 1 else mixed.words
-        return mixed.at(first, offset=offset), stride, mixed.span(first=first, count=count)
+        to, width = mixed.at(first, offset=offset), len(heads) * self.model.group * self.head_words
+        return to, stride, Span("vb", to, to + width if count == 1 else mixed.at(first + count))
 
     def _copy_values(self, layer: int, block: int, heads: range, first: int, count: int) -> None:
         """Value products, ordered KV head, token, query head, to their places in `mixed`, by adding zero."""
@@ -510,11 +516,12 @@ def head_program(memory_map: MemoryMap, norms: Exponents, tokens: int) -> list[I
     held = logits.words // block_words
     aligned = max(1, WORD_BYTES // (4 * engine.lanes))
     piece = min(held, -(-held // HEAD_PIECES // aligned) * aligned or held)
+    ring = min(held // piece, HEAD_RING)
     for start in range(0, total, piece):
         count = min(piece, total - start)
         rows = min(matrix.rows - start * engine.lanes, count * engine.lanes)
         # Pieces go round the buffer, so that one is written out while the next is computed.
-        dst = logits.base + start // piece % (held // piece) * piece * block_words
+        dst = logits.base + start // piece % ring * piece * block_words
         out = Span("vb", dst, dst + count * block_words)
         builder.emit(
             Op.LOAD, "head weights", addr=matrix.base + start * per_block, count=count * per_block, runs=1

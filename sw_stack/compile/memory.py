@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from golden.spec import KVStrataError
 from golden.spec.engine import WORD_BYTES
 from golden.spec.memory import HbmTiming, MemoryModel
 
+REFRESH_PHASES = 32
+"""`Channel` in hw/engine/mem/hbm_model.h staggers the first refresh by channel number."""
 PS_KHZ = 1_000_000_000
 """Picoseconds times kilohertz that make a cycle."""
 
@@ -20,6 +23,11 @@ class MemoryTiming:
     words_per_cycle: float = 1.0
     write_latency_cycles: int = 0
     """0: as for reads."""
+    refresh_cycles: int = 0
+    """Cycles of a refresh, in which a channel answers nothing; 0 without refresh."""
+    refresh_period_cycles: int = 1
+    refresh_phases: int = 1
+    """Channels refresh one after the other, a period over so many apart."""
 
     def __post_init__(self) -> None:
         if self.latency_cycles < 1:
@@ -41,8 +49,29 @@ class MemoryTiming:
         beat = WORD_BYTES // t.access_bytes * t.t_ccd_s_ck * t.t_ck_ps
         read, write = t.t_rcd_ps + t.t_cl_ps, t.t_cwl_ps
         words = min(1.0, t.peak_gb_per_s * t.refresh_limit * 1e6 / t.user_clock_khz / WORD_BYTES)
-        return cls(_cycles(read + beat + t.return_ps, t), words, _cycles(write + beat + t.return_ps, t))
+        return cls(
+            _cycles(read + beat + t.return_ps, t),
+            words,
+            _cycles(write + beat + t.return_ps, t),
+            _cycles(t.t_rp_ps + t.t_rfc_ps, t),
+            _cycles(t.t_refi_ps, t),
+            REFRESH_PHASES,
+        )
+
+    def refresh_wait(self, channels: int) -> int:
+        """Mean cycles that an access to the first `channels` channels at once waits for the last of their refreshes.
+
+        When a run meets refreshes is not known beforehand, so its cycles are predicted in the mean.
+        """
+        return _refresh_wait(self.refresh_period_cycles, self.refresh_cycles, self.refresh_phases, channels)
 
 
 def _cycles(time_ps: int, timing: HbmTiming) -> int:
     return -(-time_ps * timing.user_clock_khz // PS_KHZ)
+
+
+@lru_cache(maxsize=64)
+def _refresh_wait(period: int, length: int, phases: int, channels: int) -> int:
+    starts = [period * (n % phases + 1) // phases for n in range(channels)]
+    waits = (max(max(0, length - (t - s) % period) for s in starts) for t in range(period))
+    return round(sum(waits) / period)

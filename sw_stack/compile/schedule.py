@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from sw_stack.compile.cycles import ArrayOp, Ports
 
 
+PASSES = 4
+"""Predictions at most until masters of one memory port agree on each other's bursts."""
+
+
 @dataclass(frozen=True)
 class Slot:
     """One executed instruction: cycles [start, end) on its unit; `waited_for` is what held it up last."""
@@ -65,8 +69,13 @@ def schedule(
     from sw_stack.compile.cycles import Ports
 
     ports = Ports.of(memory or MemoryTiming())
-    _Scheduler(config, ports).run(program, registers)
-    return _Scheduler(config, Ports.of(ports.load.memory, ports)).run(program, registers)
+    last = _Scheduler(config, ports).run(program, registers)
+    for _ in range(PASSES - 1):
+        ports = Ports.of(ports.load.memory, ports)
+        before, last = last, _Scheduler(config, ports).run(program, registers)
+        if last.cycles == before.cycles:
+            break
+    return last
 
 
 class _Scheduler:

@@ -3,13 +3,16 @@
 A file holds {"spec_version", "block", "config", "clock_mhz", "rows": [{"name", "shape", "cycles", "bound_cycles",
 "bytes", "commands" (1 where left out), ...}]}, one block and configuration each. `bound_cycles` is what the block's
 memory or channel rate allows, so `cycles = slope * bound_cycles + fixed` separates what scales with traffic from what
-is paid per command. The fit's residual is reported with every result that uses it; nothing here is typed in.
+is paid per command. A table of the block "engine_layer" holds whole decoder layers of a decode step, a command each;
+"storage_unit_sparf" holds SparF batches of the whole in-storage unit. The fit's residual is reported with every result
+that uses it; nothing here is typed in.
 """
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,8 @@ class CalibrationError(KVStrataError):
 
 @dataclass(frozen=True)
 class CycleFit:
-    """cycles = slope * x + fixed_cycles, x being "bound_cycles" or "bytes", fitted on `points` shapes of `block`."""
+    """cycles = slope * x + fixed_cycles * commands + start_cycles per batch of commands, x being "bound_cycles" or
+    "bytes", fitted on `points` shapes of `block`."""
 
     block: str
     config: str
@@ -35,14 +39,17 @@ class CycleFit:
     fixed_cycles: float
     points: int
     worst_residual: float
+    start_cycles: float = 0.0
 
     def cycles(self, amount: float, commands: float) -> float:
-        """Cycles of `commands` commands that move `amount` (bytes or bound cycles) in all."""
-        return self.slope * amount + commands * self.fixed_cycles
+        """Cycles of a batch of `commands` commands that move `amount` (bytes or bound cycles) in all."""
+        return self.slope * amount + commands * self.fixed_cycles + self.start_cycles
 
     def provenance(self) -> dict[str, Any]:
         """Row for the list of assumptions and sources of a result."""
         value = f"cycles = {self.slope:.5g} * {self.x} + {self.fixed_cycles:.1f} per command"
+        if self.start_cycles:
+            value += f" + {self.start_cycles:.1f} per batch"
         source = f"measured on RTL: {self.points} shapes, worst residual {100 * self.worst_residual:.2f}%"
         return {
             "device": f"rtl/{self.block}/{self.config}",
@@ -100,26 +107,56 @@ def _table(path: Path) -> dict[str, Any]:
 
 
 def _least_squares(table: dict[str, Any], x: str) -> CycleFit:
-    """Weighted by 1/cycles, so that the residual is relative and short shapes count as much as long ones."""
-    # A row that batches several commands counts per command: what a batch overlaps is not paid twice.
-    points = sorted(
-        {(r[x] / r.get("commands", 1), r["cycles"] / r.get("commands", 1)) for r in table["rows"]}
-    )
-    if len({amount for amount, _ in points}) < 2:
+    """Weighted by 1/cycles, so that the residual is relative and short shapes count as much as long ones.
+
+    What a batch of commands pays once is told from what each command pays where batches of several sizes were
+    measured. No block beats its bound or its own start: a term that noise makes illegal is fixed at its limit.
+    """
+    rows = table["rows"]
+    points = [(float(r[x]), float(r.get("commands", 1)), float(r["cycles"])) for r in rows]
+    if len({amount / commands for amount, commands, _ in points}) < 2:
+        shapes = len({amount / commands for amount, commands, _ in points})
         raise CalibrationError(
-            f"a closed form of {table['block']} needs two measured shapes, got {len(points)}: run `make calibrate`"
+            f"a closed form of {table['block']} needs two measured shapes, got {shapes}: run `make calibrate`"
         )
-    s = sx = sxx = sy = sxy = 0.0
-    for amount, y in points:
-        w = 1 / y**2
-        s, sx, sxx = s + w, sx + w * amount, sxx + w * amount * amount
-        sy, sxy = sy + w * y, sxy + w * amount * y
-    slope = (s * sxy - sx * sy) / (s * sxx - sx * sx)
-    fixed = (sy - slope * sx) / s
-    # No block beats its bound or its own start: noise that says so is projected on the nearest legal form.
-    if fixed < 0:
-        slope, fixed = sxy / sxx, 0.0
-    if x == "bound_cycles" and slope < 1:
-        slope, fixed = 1.0, (sy - sx) / s
-    worst = max(abs(slope * amount + fixed - y) / y for amount, y in points)
-    return CycleFit(table["block"], table["config"], x, slope, fixed, len(points), worst)
+    least = 1.0 if x == "bound_cycles" else 0.0
+    several = len({c for _, c, _ in points}) > 1 and len(points) > 3
+    forms = [_solved(points, t, least) for t in (("sfb", "sf", "s", "f") if several else ("sf", "s", "f"))]
+    legal = [form for form in forms if form[0] >= least and form[1] >= 0 and form[2] >= 0]
+    slope, fixed, start = min(legal, key=lambda form: sum(_miss(form, p) ** 2 for p in points))
+    worst = max(abs(_miss((slope, fixed, start), p)) for p in points)
+    return CycleFit(table["block"], table["config"], x, slope, fixed, len(points), worst, start)
+
+
+def _miss(form: tuple[float, float, float], point: tuple[float, float, float]) -> float:
+    """Relative error of (slope, fixed, start) at (amount, commands, cycles)."""
+    amount, commands, cycles = point
+    return (form[0] * amount + form[1] * commands + form[2]) / cycles - 1
+
+
+def _solved(points: list[tuple[float, float, float]], terms: str, least: float) -> tuple[float, float, float]:
+    """(slope, fixed per command, start per batch); a term that `terms` does not name is at its least.
+
+    Normal equations in rational arithmetic, so that every machine finds the same bits.
+    """
+    rows: list[list[Fraction]] = []
+    rest: list[Fraction] = []
+    for amount, commands, cycles in points:
+        a, c, y = Fraction(amount), Fraction(commands), Fraction(cycles)
+        columns = {"s": a / y, "f": c / y, "b": 1 / y}
+        rows.append([columns[t] for t in terms])
+        rest.append(1 - Fraction(0.0 if "s" in terms else least) * a / y)
+    size = range(len(terms))
+    normal = [[sum((r[i] * r[j] for r in rows), Fraction(0)) for j in size] for i in size]
+    right = [sum((r[i] * v for r, v in zip(rows, rest)), Fraction(0)) for i in size]
+    for i in size:
+        for k in range(i + 1, len(terms)):
+            factor = normal[k][i] / normal[i][i]
+            normal[k] = [x - factor * y for x, y in zip(normal[k], normal[i])]
+            right[k] -= factor * right[i]
+    found = [Fraction(0)] * len(terms)
+    for i in reversed(size):
+        later = sum((normal[i][j] * found[j] for j in size if j > i), Fraction(0))
+        found[i] = (right[i] - later) / normal[i][i]
+    values = dict(zip(terms, map(float, found)))
+    return values.get("s", least), values.get("f", 0.0), values.get("b", 0.0)

@@ -11,6 +11,8 @@ from sim.devices.limits import Bandwidth
 
 MATRIX_BLOCKS = ("engine_layer", "engine", "mv_core")
 """Calibration tables that describe matrix-vector products, the most complete first."""
+LAYER_BLOCK = MATRIX_BLOCKS[0]
+"""Its rows are whole decoder layers in decode, so its fixed cycles are paid once per layer, not per product."""
 PRODUCTS_PER_LAYER = 4
 """Matrix products of a layer that start separately: q-k-v, o, gate-up, down."""
 
@@ -68,11 +70,15 @@ def macs_per_s(fpga: Fpga) -> float:
     return fpga.macs_per_cycle * fpga.clock_mhz * 1e6 * fpga.mac_share
 
 
-def stream_s(fpga: Fpga, size_bytes: float, commands: int) -> float:
-    """Time to stream operands through the engine: measured cycles for the RTL engine, the bare rate otherwise."""
+def stream_s(fpga: Fpga, size_bytes: float, commands: int, layers: int = 0) -> float:
+    """Time to stream operands through the engine: measured cycles for the RTL engine, the bare rate otherwise.
+
+    `commands` products or heads start in it, and `layers` decoder layers end with it: what is paid per product or per
+    layer depends on what was measured.
+    """
     bound_s = size_bytes / memory_bandwidth(fpga).bytes_per_s
     if fpga.engine == "published":
         return bound_s
     # The share of the bound is taken from the measured configuration (SIM-RTL-SCALE).
-    hz = fpga.clock_mhz * 1e6
-    return measured.fit(MATRIX_BLOCKS).cycles(bound_s * hz, commands) / hz
+    hz, found = fpga.clock_mhz * 1e6, measured.fit(MATRIX_BLOCKS)
+    return found.cycles(bound_s * hz, layers if found.block == LAYER_BLOCK else commands) / hz

@@ -67,7 +67,8 @@ class FpgaEngine(Scheme):
             qkv = self._stream(graph, "q, k, v", "weight access", share * size, 1, share * macs, done)
             scored = self.attend(graph, context, qkv)
             rest, products = (1 - share) * size, engine.PRODUCTS_PER_LAYER - 1
-            done = self._stream(graph, "o, ffn", "weight access", rest, products, (1 - share) * macs, scored)
+            work = (1 - share) * macs
+            done = self._stream(graph, "o, ffn", "weight access", rest, products, work, scored, layers=1)
         graph.layer = SETUP
         self._head(graph, done)
 
@@ -96,9 +97,10 @@ class FpgaEngine(Scheme):
         commands: int,
         macs: float,
         after: list[int],
+        layers: int = 0,
     ) -> list[int]:
         """Operands from HBM and the engine's cycles on them, at the same time; the later one ends it."""
-        seconds = engine.stream_s(self.fpga, size, commands)
+        seconds = engine.stream_s(self.fpga, size, commands, layers)
         compute = macs / engine.macs_per_s(self.fpga)
         if compute > seconds:
             seconds, category = compute, "compute"

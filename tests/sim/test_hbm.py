@@ -56,12 +56,12 @@ def test_the_banks_meet_each_limit_in_its_regime(access, outstanding, changes, b
     card = U280.replaced(**changes) if changes else U280
     limits = read_limits(card, access, outstanding)
     assert limits.binding == binding
-    reached = measure(card, access, outstanding, sequential=False, requests=8_000)
+    reached = measure(card, access, outstanding, sequential=False, requests=4_000)
     assert least * limits.gb_per_s <= reached <= 1.005 * limits.gb_per_s
 
 
 def test_streams_of_short_reads_activate_a_row_once():
     slow = U280.replaced(hbm_t_faw_ns=64.0)
-    stream, scattered = (measure(slow, 64, 32, sequential, requests=8_000) for sequential in (True, False))
+    stream, scattered = (measure(slow, 64, 32, sequential, requests=4_000) for sequential in (True, False))
     assert stream > 0.9 * U280.hbm_gb_per_s
     assert scattered < 0.5 * stream

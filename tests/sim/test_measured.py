@@ -64,3 +64,45 @@ def test_a_truncated_table_is_refused(calibration, cycle_table):
     (calibration / "bad.json").write_text(json.dumps(cycle_table("bad", 1.1, 5.0))[:-9])
     with pytest.raises(CalibrationError, match=r"bad.json is not valid JSON .*run `make calibrate`"):
         fit(("bad",))
+
+
+def test_measured_layers_take_the_place_of_products_and_are_named(calibration, cycle_table):
+    from sim.api import simulate
+    from sim.describe.workload import Workload
+
+    work = Workload(batch=1, input_tokens=64, output_tokens=4)
+    products = simulate("u280", "llama-2-7b", "fpga", work)
+    (calibration / "layer.json").write_text(json.dumps(cycle_table("engine_layer", 1.01, 20_000.0, 225.0)))
+    measured._fit.cache_clear()
+    layers = simulate("u280", "llama-2-7b", "fpga", work)
+    # 32 layers of 20,000 cycles, in place of 60 for each of four products and one head, and for the LM head.
+    slower = 32 * (20_000 - 5 * 60) - 60
+    assert (layers.time_per_output_token_s - products.time_per_output_token_s) * 225e6 == pytest.approx(
+        slower
+    )
+    named = [a["device"] for a in layers.assumptions if a["device"].startswith("rtl/")]
+    assert named == ["rtl/engine_layer/test"]
+
+
+def test_measured_sparf_batches_serve_sparf_and_not_dense(calibration, cycle_table):
+    from sim.devices.csd import SPARF_BLOCKS, UNIT_BLOCKS
+
+    (calibration / "sparf.json").write_text(json.dumps(cycle_table("storage_unit_sparf", 1.08, 900.0)))
+    assert fit(SPARF_BLOCKS, "bytes").block == "storage_unit_sparf"
+    assert fit(UNIT_BLOCKS, "bytes").block == "attention_head"
+
+
+def test_what_a_batch_pays_once_is_told_from_what_each_command_pays(calibration, cycle_table):
+    def row(heads, tokens):
+        size = heads * tokens * 512
+        cycles = 0.03 * size + 400 * heads + 2_000
+        shape = {"name": f"{heads} x {tokens}", "cycles": cycles, "bound_cycles": 0.02 * size, "bytes": size}
+        return {**shape, "commands": heads}
+
+    data = cycle_table("unit", 1.0, 0.0)
+    data["rows"] = [row(h, t) for h in (2, 8, 40) for t in (256, 1024)]
+    (calibration / "unit.json").write_text(json.dumps(data))
+    found = fit(("unit",), "bytes")
+    assert (found.slope, found.fixed_cycles, found.start_cycles) == pytest.approx((0.03, 400, 2_000))
+    assert found.worst_residual < 1e-9
+    assert "+ 2000.0 per batch" in found.provenance()["value"]

@@ -61,7 +61,9 @@ def test_a_read_of_many_pages_ends_with_its_last():
     assert one.seconds < nine.seconds < 2 * one.seconds
 
 
-@pytest.mark.parametrize("spare", [0.07, 0.15, 0.28])
+@pytest.mark.parametrize(
+    "spare", [pytest.param(0.07, marks=pytest.mark.slow), pytest.param(0.15, marks=pytest.mark.slow), 0.28]
+)
 def test_cleaning_blocks_by_age_copies_what_the_formula_says(spare):
     drive = load(Ssd, "980-pro-2tb").replaced(spare_share=spare)
     blocks, pages = 400, 64

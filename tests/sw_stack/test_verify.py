@@ -55,4 +55,4 @@ def test_what_the_rtl_does_not_have_is_one_sentence(config, reason):
 def test_the_model_charges_what_the_rtl_takes():
     for config in (CardConfig(256.0, 1024.0, "w4"), DriveConfig(8, 1.4, 285.0, 128, 2)):
         row = measure(config)
-        assert abs(row["difference_pct"]) < 5, row
+        assert abs(row["difference_pct"]) < 10, row

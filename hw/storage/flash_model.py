@@ -73,6 +73,12 @@ class FlashParams:
         """Pages of a channel that may be sensed at once."""
         return self.dies * (self.planes if self.independent_planes else 1)
 
+    def array(self, ppn: int) -> int:
+        """The array of its channel that senses a physical page."""
+        place = PPN.unpack(ppn)
+        die, plane = place["die"] % self.dies, place["plane"] % self.planes
+        return die * self.planes + plane if self.independent_planes else die
+
     @property
     def sustained_mb_per_s(self) -> float:
         """Upper bound of a channel's rate for pages spread evenly: its bus, or its arrays."""
@@ -173,9 +179,7 @@ class FlashChannel:
         self.now += 1
 
     def _accept(self, ppn: int) -> None:
-        place = PPN.unpack(ppn)
-        die, plane = place["die"] % self.params.dies, place["plane"] % self.params.planes
-        array = die * self.params.planes + plane if self.params.independent_planes else die
+        array = self.params.array(ppn)
         retries, fail = page_fault(self.params, ppn)
         if ppn in self._failing:
             retries, fail = self.params.retry_max, True

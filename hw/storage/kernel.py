@@ -313,14 +313,15 @@ class AttentionKernel(wiring.Component):
             m.d.sync += first_block.eq(1)
         with m.Elif(is_op[Op.V] & beat.last):
             m.d.sync += first_block.eq(0)
-        tag = pipe(m, Cat(is_op[Op.V], first_block, self._bank, count), at.RESCALE_TIME - 1, "output")
+        tag = pipe(m, Cat(is_op[Op.V], first_block, count, self._bank), at.RESCALE_TIME - 1, "output")
+        row = slice(2, 2 + len(count))
         write = pipe(m, tag, at.TOTAL_TIME - at.RESCALE_TIME + 1, "output_write")
         m.d.comb += [
-            control.bank_rescale.eq(tag[2:4]),
-            control.output_read.eq(Mux(normaliser.busy, normaliser.address, tag[4:])),
+            control.bank_rescale.eq(tag[row.stop :]),
+            control.output_read.eq(Mux(normaliser.busy, normaliser.address, tag[row])),
             control.output_fresh.eq(pipe(m, tag[1], 1, "output_fresh")),
             control.output_write_en.eq(write[0]),
-            control.output_write.eq(write[4:]),
+            control.output_write.eq(write[row]),
         ]
 
     def _pool(self, m, control, lanes, head):

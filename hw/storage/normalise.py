@@ -9,7 +9,7 @@ from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from golden.spec.storage import ALPHA_FRAC, F32_NAN, L_BITS, RECIPROCAL_BITS
-from hw.lib.arith import Divider
+from hw.lib.arith import Divider, bit_length
 from hw.lib.streams import StreamFIFO, connect
 from hw.storage.fp import Add32, MulInt32, ToFp16, _registered, pipe
 
@@ -19,8 +19,8 @@ OUTPUT = data.StructLayout({"data": 16, "query": 3, "element": 7, "last": 1})
 _READ = 1
 """Cycles from an element's address to its value."""
 PIPELINE = _READ + 1 + 2 * MulInt32.latency + Add32.latency + ToFp16.latency
-RECIPROCAL_CYCLES = 5 + RECIPROCAL_BITS + 1
-"""From one query's turn to its first element: count zeros, shift, divide."""
+RECIPROCAL_CYCLES = 6 + RECIPROCAL_BITS + 1
+"""From one query's turn to its first element: measure the sum's length, shift, divide."""
 
 
 def cycles(queries: int, head_size: int) -> int:
@@ -76,10 +76,7 @@ class Normaliser(wiring.Component):
         m.d.comb += self.busy.eq(1)
         in_flight = Signal(range(PIPELINE + 2))
 
-        length = Signal(6)
-        for bit in range(L_BITS):
-            with m.If(total[bit]):
-                m.d.comb += length.eq(bit + 1)
+        length = _registered(m, "length", bit_length(total))
         shifted = Signal(L_BITS)
 
         with m.FSM():
@@ -89,6 +86,8 @@ class Normaliser(wiring.Component):
                     m.d.sync += query.eq(0)
                     m.next = "fetch"
             with m.State("fetch"):
+                m.next = "measure"
+            with m.State("measure"):
                 m.next = "count"
             with m.State("count"):
                 m.d.sync += [

@@ -19,6 +19,10 @@ from hw.storage.lane import P_STORE_LATENCY, TOTAL_TIME, score_time
 from hw.storage.softmax import SoftmaxLane
 
 
+RESET_CYCLES = 128
+"""For how long a reset is held: pipeline registers have none and run empty meanwhile, the longest (a score's) in 100."""
+
+
 def probability_latency(head_size: int) -> int:
     """Cycles from a K block's last beat to the first cycle that accepts its V block."""
     return 2 + score_time(head_size == 128) + SoftmaxLane.latency + GROUP_TOKENS - 1 + P_STORE_LATENCY

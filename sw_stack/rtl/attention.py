@@ -37,10 +37,19 @@ class KernelConfig:
         """Aggregate rate of the flash channels."""
         return self.channels * self.channel_gb_per_s * 1e3 / self.clock_mhz
 
+    @property
+    def bytes_per_cycle(self) -> float:
+        """What one kernel on its own can be given: its port's beat, or the channels where they are slower.
+
+        The published drive's channels give 39.3, more than the 32 of one port; the unit has two kernels, and what both
+        together make of the channels is the whole unit's number (calibration table `storage_unit`).
+        """
+        return min(BEAT_ELEMENTS * ELEMENT_BYTES, self.flash_bytes_per_cycle)
+
 
 @dataclass(frozen=True)
 class HeadRun:
-    """Output [G, dh], cycles on the RTL, and the cycles in which the flash channels could deliver the K and V bytes."""
+    """Output [G, dh], cycles on the RTL, and the least cycles in which the K and V bytes can enter the kernel."""
 
     output: F16
     cycles: int
@@ -172,11 +181,7 @@ def run_heads(
 
 
 def run_head(q: F16, k: F16, v: F16, config: KernelConfig | None = None) -> HeadRun:
-    """Dense attention of one KV head's queries on the RTL.
-
-    `bound_cycles` is the time of all channels of the drive together; one kernel alone takes 32 byte per cycle,
-    two of them (the unit has two) more than the channels give.
-    """
+    """Dense attention of one KV head's queries on the RTL; its bound is `KernelConfig.bytes_per_cycle`."""
     config = config or KernelConfig(lanes=len(q))
     (output,), cycles = run_heads([(q, k, v)], config)
-    return HeadRun(output, cycles, (k.size + v.size) * ELEMENT_BYTES / config.flash_bytes_per_cycle)
+    return HeadRun(output, cycles, (k.size + v.size) * ELEMENT_BYTES / config.bytes_per_cycle)

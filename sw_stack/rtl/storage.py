@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 import subprocess
 import tempfile
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -147,12 +148,35 @@ class Completion:
 
 @dataclass(frozen=True)
 class BatchRun:
-    """Completions by command number, cycles from the first command to the last completion, counters, config answers."""
+    """Completions by command number, cycles from the first command to the last completion, counters, config answers.
+
+    `reads`: per channel (the last is the group buffer), the physical pages in the order of asking.
+    """
 
     completions: dict[int, Completion]
     cycles: int
     counters: dict[str, int]
     config_status: list[tuple[Status, int]]
+    reads: dict[int, list[int]]
+
+    def flash_cycles(self, channels: int, **parameters: int) -> float:
+        """The least time in which channels that answer in order give these pages in this order (`FlashParams`)."""
+        from hw.storage.flash_model import FlashParams
+        from hw.storage.nfc.timing import channel_cycles, in_order_cycles
+
+        p = FlashParams(**parameters)
+        page = channel_cycles(1, clock_mhz=p.clock_mhz, channel_mb_per_s=p.channel_mb_per_s)
+        return max(
+            in_order_cycles(
+                [p.array(ppn) for ppn in self.reads.get(channel, [])],
+                read=p.cycles(p.read_ns),
+                command=p.cycles(p.command_ns),
+                ecc=p.cycles(p.ecc_ns),
+                page=page,
+                cache_read=p.cache_read,
+            )
+            for channel in range(channels)
+        )
 
 
 @lru_cache(maxsize=4)
@@ -196,12 +220,14 @@ def config_record(cache: Cache, group_queries: int, kv_heads: int = 255) -> dict
 
 @dataclass(frozen=True)
 class Step:
-    """Something the host does: `config` fields, a `job` (or raw command `fields` with operands), or an abort."""
+    """Something the host does: `config` fields, a `job` (whose command fields `overrides` may spoil), an abort so many
+    cycles later, or, once so many cycles have passed, a reset of everything, which loses the commands in the unit."""
 
     config: Mapping[str, int] | None = None
     job: Job | None = None
     overrides: Mapping[str, int] = field(default_factory=dict)
     abort_after: int | None = None
+    reset_after: int | None = None
 
 
 def _script(steps: Sequence[Step]) -> bytes:
@@ -212,6 +238,9 @@ def _script(steps: Sequence[Step]) -> bytes:
             configured = True
         elif step.abort_after is not None:
             blobs.append(struct.pack("<II", 2, step.abort_after) + bytes(16))
+        elif step.reset_after is not None:
+            blobs.append(struct.pack("<II", 3, step.reset_after) + bytes(16))
+            configured = False
         elif step.job is not None:
             operands = step.job.operands() if configured else np.zeros(0, np.uint16)
             record = {**step.job.record(command_id), **step.overrides}
@@ -227,7 +256,10 @@ def run_steps(cache: Cache, steps: Sequence[Step], config: UnitConfig, **paramet
     `parameters`: FlashParams fields, and pause_out, pause_map, map_latency, pause_seed (see harness/unit.cpp).
     Raises KVStrataError if a command never completes.
     """
+    from hw.storage.timing import RESET_CYCLES
+
     program = unit_program(config)
+    parameters = {"reset_cycles": RESET_CYCLES, **parameters}
     jobs = [step.job for step in steps if step.job is not None]
     with tempfile.TemporaryDirectory() as work:
         files = {name: Path(work) / name for name in ("script", "flash", "dram", "map", "results")}
@@ -257,6 +289,7 @@ def _parse(lines: Sequence[str], jobs: Sequence[Job]) -> BatchRun:
     outputs = {n: np.zeros(job.q.shape, np.uint16) for n, job in enumerate(jobs)}
     filled = dict.fromkeys(outputs, 0)
     completions, cycles, counters, config_status = {}, 0, {}, []
+    reads: dict[int, list[int]] = defaultdict(list)
     for line in lines:
         kind, *rest = line.split()
         values = [int(x) for x in rest]
@@ -279,7 +312,9 @@ def _parse(lines: Sequence[str], jobs: Sequence[Job]) -> BatchRun:
             counters = dict(zip(COUNTERS, values))
         elif kind == "s":
             config_status.append((Status(values[0]), values[1]))
-    return BatchRun(completions, cycles, counters, config_status)
+        elif kind == "r":
+            reads[values[0]].append(values[1])
+    return BatchRun(completions, cycles, counters, config_status, dict(reads))
 
 
 def run(cache: Cache, jobs: Sequence[Job], config: UnitConfig | None = None, **parameters: int) -> BatchRun:

@@ -204,6 +204,63 @@ def test_abort_completes_everything_and_the_unit_goes_on(sparse, after):
         assert result.completions[2].status == Status.ABORTED
 
 
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("after", [0, 700, 2500, pytest.param(5000, marks=pytest.mark.slow), 9000])
+def test_a_reset_in_mid_traffic_leaves_nothing_behind(sparse, after):
+    cache, jobs, data = batch(14, [300, 500, 250, 400, 100], 64, sparse=sparse)
+    config = Step(config=config_record(cache, 1))
+    steps = [config, *(Step(job=job) for job in jobs), Step(reset_after=after)]
+    steps += [config, *(Step(job=job) for job in reversed(jobs))]
+    result = run_steps(cache, steps, SMALL, read_ns=5000)
+    assert not set(range(5)) <= set(result.completions), "the reset must come while jobs are under way"
+    for number, job in enumerate(reversed(jobs)):
+        assert_done(result, 5 + number, job, *data[4 - number])
+
+
+def adversarial(number, q, k, v):
+    """NaN, infinity and saturated values where they have hurt softmaxes and selections before."""
+    tokens = len(k)
+    if number == 0:
+        k[tokens // 2, 3] = np.nan
+    elif number == 1:
+        v[7, 5], v[tokens - 1, 9] = np.inf, np.nan
+    elif number == 2:
+        q[0, 9] = np.inf
+    elif number == 3:
+        k[:, 0], q[:, 0] = -np.inf, 1
+    elif number == 4:
+        k[1:, 0], q[:, 0] = -np.inf, 1
+    elif number == 5:
+        q[0] = np.nan
+    elif number == 6:
+        q[0], k[3:20] = 0, 6e-8
+    else:
+        q *= np.float16(200)
+        k *= np.float16(500)
+        v[::2], v[1::2] = 60000, -60000
+    return q, k, v
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_special_values_are_those_of_golden(sparse):
+    rng, head_size = np.random.default_rng(15), 64
+    cache, jobs, data = Cache(head_size, geometry=Geometry(channels=2)), [], []
+    with np.errstate(all="ignore"):
+        for number in range(8):
+            tokens = 60 + 33 * number
+            k, v = (rng.normal(size=(tokens, head_size)).astype(np.float16) for _ in range(2))
+            q = (rng.normal(size=(1, head_size)) * 2).astype(np.float16)
+            q, k, v = adversarial(number, q, k, v)
+            cache.add(number, 0, k, v)
+            job = Job(number, 0, q, tokens)
+            if sparse:
+                mean = v.mean(0, dtype=np.float32).astype(np.float16)
+                job = replace(job, r=16, k=tokens // 4, window=4, mean=mean)
+            jobs.append(job)
+            data.append((k, v))
+        assert_all(run(cache, jobs, SMALL, **FAST), jobs, data)
+
+
 @pytest.mark.parametrize("head_size", [64, 128])
 def test_dense_batch_takes_the_predicted_time(head_size):
     cache, jobs, _ = batch(13, [512] * 8, head_size, tail_in_dram=False)

@@ -3,11 +3,13 @@
 // usage: sim SCRIPT FLASH_IMAGE DRAM_IMAGE MAP RESULTS [name=value ...]
 //
 // SCRIPT: records of a 32-bit kind, a 32-bit number of operand beats, 16 bytes (config or command), then the operand
-// beats of 32 bytes. Kind 0: config; 1: command, given when the unit takes it; 2: abort, `operands` cycles later.
+// beats of 32 bytes. Kind 0: config; 1: command, given when the unit takes it; 2: abort, `operands` cycles later;
+// 3: reset of unit, channels and maps' answers after `operands` cycles in which nothing is given; open commands are lost.
 // MAP: 64-bit key (PAGE_REQUEST fields sequence, kv_head, kind, index: see key_of), 32-bit page, 32-bit flags (1: DRAM).
 // RESULTS: text, a line per event: "o KERNEL ID QUERY ELEMENT BITS", "c CYCLE ID SEQUENCE HEAD STATUS FIELD INDEX",
-// "s STATUS FIELD" for a config, "n CYCLES" and "k COUNTER..." at the end. Flash parameters are those of FlashParams;
-// pause_out and pause_map are percentages of idle cycles, map_latency cycles from a request to its answer, pause_seed.
+// "s STATUS FIELD" for a config, "r CHANNEL PAGE" for a read, "n CYCLES" and "k COUNTER..." at the end. Flash parameters are those of FlashParams;
+// pause_out and pause_map are percentages of idle cycles, map_latency cycles from a request to its answer, pause_seed,
+// reset_cycles (hw/storage/timing.py).
 // (Verilator writes a double underscore as ___05F.)
 #include <cstdint>
 #include <cstdio>
@@ -61,7 +63,7 @@ static uint64_t bits(const uint32_t* words, unsigned lsb, unsigned width) {
 int main(int argc, char** argv) {
   if (argc < 6) return 2;
   FlashParams params;
-  long pause_out = 0, pause_map = 0, map_latency = 40, seed = 1, limit = 4000000, dram_mb = 4000;
+  long pause_out = 0, pause_map = 0, map_latency = 40, seed = 1, limit = 4000000, dram_mb = 4000, reset_cycles = 1;
   for (int n = 6; n < argc; n++) {
     const std::string word = argv[n], name = word.substr(0, word.find('='));
     const long value = std::stol(word.substr(word.find('=') + 1));
@@ -71,6 +73,7 @@ int main(int argc, char** argv) {
     else if (name == "pause_seed") seed = value;
     else if (name == "limit") limit = value;
     else if (name == "dram_mb_per_s") dram_mb = value;
+    else if (name == "reset_cycles") reset_cycles = value;
     else if (!params.set(word)) return 2;
   }
   FlashImage flash(argv[2]), dram(argv[3]);
@@ -117,20 +120,33 @@ int main(int argc, char** argv) {
   buffer.channel_mb_per_s = dram_mb, buffer.read_ns = 200, buffer.command_ns = 20, buffer.ecc_ns = 0;
   buffer.retry_per_million = 0, buffer.fail_per_million = 0;
   std::vector<std::unique_ptr<FlashChannel>> channels;
-  for (size_t n = 0; n < ports.size(); n++)
-    channels.push_back(std::make_unique<FlashChannel>(n + 1 < ports.size() ? params : buffer, n + 1 < ports.size() ? flash : dram));
-
-  dut.rst = 1;
-  for (int n = 0; n < 3; n++) dut.clk = 0, dut.eval(), dut.clk = 1, dut.eval();
-  dut.rst = 0;
+  auto reset = [&] {
+    channels.clear();
+    for (size_t n = 0; n < ports.size(); n++) {
+      const bool last = n + 1 == ports.size();
+      channels.push_back(std::make_unique<FlashChannel>(last ? buffer : params, last ? dram : flash));
+    }
+    dut.rst = 1;
+    for (long n = 0; n < reset_cycles; n++) dut.clk = 0, dut.eval(), dut.clk = 1, dut.eval();
+    dut.rst = dut.clk = 0;
+    dut.eval();
+  };
+  reset();
   long cycle = 0, completions = 0, abort_in = -1, start = -1, last = 0;
-  size_t operand = 0;
+  size_t operand = 0, issued = 0;
   bool command_given = false;
   std::deque<std::pair<long, uint64_t>> answers;  // due cycle, descriptor
   while ((size_t(completions) < expected || !steps.empty()) && cycle < limit && cycle - last < 400000) {
     dut.clk = 0;
     dut.config___05Fvalid = 0, dut.command___05Fvalid = 0, dut.operand___05Fvalid = 0, dut.cancel = 0;
     if (abort_in >= 0 && abort_in-- == 0) dut.cancel = 1;
+    if (!steps.empty() && steps.front().kind == 3 && steps.front().operands-- == 0) {
+      steps.pop_front();
+      answers.clear();
+      expected -= issued - completions;
+      issued = completions;
+      reset();
+    }
     if (!steps.empty()) {
       Step& step = steps.front();
       if (step.kind == 0) {
@@ -139,6 +155,7 @@ int main(int argc, char** argv) {
       } else if (step.kind == 2) {
         abort_in = step.operands;
         steps.pop_front();
+      } else if (step.kind == 3) {
       } else if (!command_given) {
         std::memcpy(dut.command___05Fpayload.data(), step.record, 16);
         dut.command___05Fvalid = 1;
@@ -168,6 +185,7 @@ int main(int argc, char** argv) {
       if (dut.config___05Fvalid) steps.pop_front();
       else if (dut.command___05Fvalid && dut.command___05Fready) {
         if (start < 0) start = cycle;
+        issued++;
         command_given = steps.front().operands != 0;
         operand = 0;
         if (!command_given) steps.pop_front();
@@ -185,8 +203,11 @@ int main(int argc, char** argv) {
       if (found != maps.end()) descriptor = found->second.first | 1ull << 32 | uint64_t(found->second.second & 1) << 33;
       answers.push_back({cycle + map_latency, descriptor});
     }
-    for (size_t n = 0; n < ports.size(); n++)
-      channels[n]->tick(*ports[n].command_valid && *ports[n].command_ready, *ports[n].command, *ports[n].beat_ready);
+    for (size_t n = 0; n < ports.size(); n++) {
+      const bool commanded = *ports[n].command_valid && *ports[n].command_ready;
+      if (commanded) std::fprintf(out, "r %zu %u\n", n, *ports[n].command);
+      channels[n]->tick(commanded, *ports[n].command, *ports[n].beat_ready);
+    }
     auto output = [&](int kernel, uint8_t valid, uint8_t ready, uint64_t word) {
       if (!valid || !ready) return;
       std::fprintf(out, "o %d %u %u %u %u\n", kernel, unsigned(word >> 27 & 0xffff), unsigned(word >> 16 & 7), unsigned(word >> 19 & 127), unsigned(word & 0xffff));

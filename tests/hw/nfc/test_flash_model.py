@@ -13,6 +13,7 @@ from golden.spec import KVStrataError
 from golden.spec.storage import PAGE_BYTES, PPN
 from golden.storage.layout import Geometry, stripe
 from hw.storage.flash_model import ERASED, FlashChannel, FlashParams, page_fault, write_image
+from hw.storage.nfc.timing import channel_cycles, in_order_cycles
 
 HEADERS = Path(__file__).parents[3] / "hw" / "storage"
 FAST = FlashParams(read_ns=2000, command_ns=100, ecc_ns=50, dies=4, planes=2)
@@ -168,3 +169,25 @@ def test_a_truncated_image_is_refused(program, tmp_path):
     )
     assert result.returncode
     assert "is truncated" in result.stderr
+
+
+@pytest.mark.parametrize("cache_read", [0, 1])
+def test_a_channel_that_answers_in_order_takes_the_closed_forms_time(cache_read):
+    params = replace(FAST, cache_read=cache_read, read_ns=12_000)
+    rng = random.Random(cache_read)
+    places = ({"page": n, "die": rng.randrange(4), "plane": rng.randrange(2)} for n in range(40))
+    commands = [PPN.pack({"channel": 0, "block": 0, **place}) for place in places]
+    page = channel_cycles(1, clock_mhz=params.clock_mhz, channel_mb_per_s=params.channel_mb_per_s)
+    expected = in_order_cycles(
+        [params.array(ppn) for ppn in commands],
+        read=params.cycles(params.read_ns),
+        command=params.cycles(params.command_ns),
+        ecc=params.cycles(params.ecc_ns),
+        page=page,
+        cache_read=cache_read,
+    )
+    trace = play(params, {}, commands, int(2 * expected))
+    assert sum(last for *_, last, _ in trace) == len(commands)
+    # the model moves whole beats, so a page may leave two cycles early or late, and takes a command per cycle
+    assert abs(trace[-1][0] + 1 - expected) < 2 * len(commands)
+    assert expected > 1.3 * 40 * page, "arrays drawn at random hold the bus up"

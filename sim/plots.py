@@ -55,9 +55,19 @@ def throughput_over_batch(results: Iterable[RunResult]) -> Figure:
         batch, rate = zip(*sorted(points))
         axes.plot(batch, rate, marker="o", label=scheme, color=_colour(scheme))
     axes.set(xscale="log", yscale="log", xlabel="batch (sequences)", ylabel="throughput (tokens/s)")
-    axes.set_xscale("log", base=2)
+    powers_of_two(axes)
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize="small")
     return figure
+
+
+def powers_of_two(axes: Axes) -> None:
+    """A logarithmic x axis whose ticks are plain integers."""
+    from matplotlib.ticker import FuncFormatter
+
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(
+        FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
+    )
 
 
 def breakdown(results: Sequence[RunResult]) -> Figure:
@@ -101,9 +111,25 @@ def roofline(
         axes.plot([x], [y], "o")
         axes.annotate(name, (x, y), textcoords="offset points", xytext=(5, 5), fontsize="small")
     axes.set(xlabel="operational intensity (FLOP/byte)", ylabel="TFLOP/s", yscale="log")
-    axes.set_xscale("log", base=2)
+    powers_of_two(axes)
     axes.legend()
     return figure
+
+
+LABELS = {
+    "tokens_per_s": "throughput (tokens/s)",
+    "decode_tokens_per_s": "decode (tokens/s)",
+    "energy_j_per_token": "energy (J/token)",
+    "cost_usd_per_million_tokens": "cost (USD per million tokens)",
+    "time_to_first_token_s": "time to first token (s)",
+    "time_per_output_token_s": "time per output token (s)",
+    "flash_lifetime_years": "flash lifetime (years)",
+    "accuracy_top1": "top-1 agreement with the float model",
+}
+
+
+def _label(metric: str) -> str:
+    return LABELS.get(metric, metric.replace("_", " "))
 
 
 def pareto(rows: Sequence[Mapping[str, Any]], x: str, y: str, maximise: tuple[bool, bool]) -> Figure:
@@ -116,6 +142,6 @@ def pareto(rows: Sequence[Mapping[str, Any]], x: str, y: str, maximise: tuple[bo
         axes.plot([r[x] for r in chosen], [r[y] for r in chosen], "o", label=scheme, color=_colour(scheme))
     best = sorted(front(rows, {x: maximise[0], y: maximise[1]}), key=lambda r: r[x])
     axes.plot([r[x] for r in best], [r[y] for r in best], color="#2e4057", lw=1, label="Pareto front")
-    axes.set(xlabel=x.replace("_", " "), ylabel=y.replace("_", " "), xscale="log", yscale="log")
+    axes.set(xlabel=_label(x), ylabel=_label(y), xscale="log", yscale="log")
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize="small")
     return figure

@@ -26,7 +26,10 @@ EVENTS = (
 
 
 def host_port() -> wiring.Signature:
-    """Register port, seen from the host: 32-bit words at `golden.spec.engine.Reg`; reads are combinational."""
+    """Register port, seen from the host: 32-bit words at `golden.spec.engine.Reg`.
+
+    Reads are combinational; a write takes effect one cycle later, so that nothing of the engine hangs on these pins.
+    """
     return wiring.Signature({"addr": Out(HOST_ADDR_BITS), "write": Out(1), "wdata": Out(32), "rdata": In(32)})
 
 
@@ -95,16 +98,18 @@ class Controller(wiring.Component):
         scalars = Signal(data.ArrayLayout(32, REGISTERS))
         counters = {c: Signal(32, name=f"counter_{c.name.lower()}") for c in Counter}
         start, abort, clear = Signal(), Signal(), Signal()
-        with m.If(host.write), m.Switch(host.addr):
+        write, address_written, written = Signal(), Signal(HOST_ADDR_BITS), Signal(32)
+        m.d.sync += [write.eq(host.write), address_written.eq(host.addr), written.eq(host.wdata)]
+        with m.If(write), m.Switch(address_written):
             with m.Case(Reg.CONTROL):
-                m.d.comb += Cat(start, abort, clear).eq(host.wdata)
+                m.d.comb += Cat(start, abort, clear).eq(written)
             with m.Case(Reg.PROGRAM):
-                m.d.sync += program.eq(host.wdata)
+                m.d.sync += program.eq(written)
             with m.Case(Reg.WATCHDOG):
-                m.d.sync += watchdog.eq(host.wdata)
+                m.d.sync += watchdog.eq(written)
             for r in range(1, REGISTERS):
                 with m.Case(Reg.SCALAR + r):
-                    m.d.sync += scalars[r].eq(host.wdata)
+                    m.d.sync += scalars[r].eq(written)
         status = Cat(state, self.interrupt)
         readable = {Reg.STATUS: status, Reg.ERROR: error, Reg.ERROR_PC: error_pc, Reg.CYCLES: cycles}
         with m.Switch(host.addr):
@@ -132,13 +137,16 @@ class Controller(wiring.Component):
             increments[Counter(Counter.LOAD_WAIT + unit)] = queue.waiting
         for i, counter in enumerate(EVENTS):
             increments[counter] = self.events[i]
-        for counter, event in increments.items():
-            with m.If(running & event):
+        for counter, now in increments.items():
+            event = Signal(name=f"event_{counter.name.lower()}")
+            m.d.sync += event.eq(running & now)
+            with m.If(event):
                 m.d.sync += counters[counter].eq(counters[counter] + 1)
 
     def _fault(self, m, fetcher, dispatch, queues, expired, aborted):
-        """First cause of a stop in a fixed order: units, dispatcher, fetcher, watchdog, abort."""
+        """First cause of a stop, a cycle later, in a fixed order: units, dispatcher, fetcher, watchdog, abort."""
         code, pc = Signal(4), Signal(PC_BITS)
+        m.d.sync += [code.eq(0), pc.eq(0)]
         oldest = dispatch.i.p.pc
         for queue in reversed(queues.values()):
             oldest = Mux(queue.empty, oldest, queue.pc)
@@ -148,14 +156,17 @@ class Controller(wiring.Component):
         causes += [(q.unit.error != 0, q.unit.error, q.pc) for q in reversed(queues.values())]
         for condition, value, where in causes:
             with m.If(condition):
-                m.d.comb += [code.eq(value), pc.eq(where)]
+                m.d.sync += [code.eq(value), pc.eq(where)]
         return code, pc
 
     def _run(self, m, state, run, fetcher, dispatch, queues):
         idle, raised = Signal(32), Signal()
         moving = Cat(q.unit.done | (q.unit.op.valid & q.unit.op.ready) for q in queues.values()).any()
-        moving = moving | self.active | (dispatch.i.valid & dispatch.i.ready)
-        expired = (run["watchdog"] != 0) & (idle == run["watchdog"])
+        moved, expired = Signal(), Signal()
+        m.d.sync += [
+            moved.eq(moving | self.active | (dispatch.i.valid & dispatch.i.ready)),
+            expired.eq((run["watchdog"] != 0) & (idle == run["watchdog"])),
+        ]
         code, pc = self._fault(m, fetcher, dispatch, queues, expired, run["abort"])
         drained = Cat(q.empty for q in queues.values()).all() & dispatch.empty
         counted = [run["cycles"], *run["counters"].values()]
@@ -174,7 +185,7 @@ class Controller(wiring.Component):
                 m.next = "RUN"
             with m.State("RUN"):
                 m.d.comb += state.eq(State.RUNNING)
-                m.d.sync += [run["cycles"].eq(run["cycles"] + 1), idle.eq(Mux(moving, 0, idle + 1))]
+                m.d.sync += [run["cycles"].eq(run["cycles"] + 1), idle.eq(Mux(moved, 0, idle + 1))]
                 with m.If(code != Error.NONE):
                     m.d.sync += [run["error"].eq(code), run["error_pc"].eq(pc)]
                     m.next = "ABORT"

@@ -25,7 +25,8 @@ UNIT_OPS = {
     Unit.DMA: DmaOp,
     Unit.APPEND: AppendOp,
 }
-COMMON_BITS = sum(width for _, width in COMMON_FIELDS)
+CHECK = 3
+"""Cycles from a product's way into its queue to the verdict on its extents."""
 
 
 def field_slices(op: Op, word) -> dict:
@@ -51,8 +52,9 @@ class Dispatch(wiring.Component):
     `registers`: the scalar registers. `halt` is high while a HALT is at the head (`interrupt` is its bit), until `i`
     is transferred by `take_halt`. `error` is a one-cycle code with `error_pc`: an unknown opcode or a reserved bit
     (ILLEGAL_INSTRUCTION), an empty product or more vectors than the array holds (SHAPE), a product outside the
-    activation buffer, the scale table or the vector buffer (ADDRESS). The faulty instruction does not reach its
-    queue.
+    activation buffer, the scale table or the vector buffer (ADDRESS). An illegal instruction does not reach its queue.
+    A product does: its extents take `CHECK` cycles to compute and compare, during which the array could at most have
+    begun to read; the stop that follows resets it.
     """
 
     latency = 2
@@ -84,16 +86,17 @@ class Dispatch(wiring.Component):
         with m.If(self.i.valid & self.i.ready):
             m.d.sync += [full.eq(1), pc.eq(self.i.p.pc)]
             self._decode(m, decoded, unit, code)
-        product = decoded[Unit.MATRIX].op
-        fault = Mux(code != 0, code, Mux(unit == Unit.MATRIX, self._product_fault(product), 0))
         for u in UNIT_OPS:
             port = getattr(self, u.name.lower())
             m.d.comb += Value.cast(port.payload).eq(Value.cast(decoded[u]))
-            m.d.comb += port.valid.eq(full & (unit == u) & (fault == 0))
+            m.d.comb += port.valid.eq(full & (unit == u) & (code == 0))
             with m.If(port.valid & port.ready):
                 m.d.comb += moves.eq(1)
-        with m.If(full & (fault != 0)):
-            m.d.comb += [self.error.eq(fault), self.error_pc.eq(pc)]
+        fault, fault_pc = self._product_fault(m, decoded[Unit.MATRIX], moves & (unit == Unit.MATRIX))
+        with m.If(fault != 0):
+            m.d.comb += [self.error.eq(fault), self.error_pc.eq(fault_pc)]
+        with m.Elif(full & (code != 0)):
+            m.d.comb += [self.error.eq(code), self.error_pc.eq(pc)]
         return m
 
     def _halt(self, m):
@@ -144,20 +147,47 @@ class Dispatch(wiring.Component):
             Value.cast(target[name]).eq(sources.get(name, 0)) for name, _ in data.Layout.cast(target.shape())
         ]
 
-    def _product_fault(self, op):
-        """Error code of a product that the array or its buffers do not hold."""
+    def _product_fault(self, m, queued_op, moves):
+        """Error code and instruction of a product that the array or its buffers do not hold, `CHECK` cycles later."""
         config, groups = self._config, self._config.lanes // self._config.vector_lanes
-        step_words = Mux(op.codes == Codes.S24, op.steps, (op.steps + 1) >> 1)
-        last = op.vectors - 1
-        act_end = op.addr + last[:5] * op.stride + step_words
+        op = queued_op.op
+        last = (op.vectors - 1)[:5]
         rows = Mux(
             op.vec_group != 0, op.vec_rows >> (config.vector_lanes - 1).bit_length(), op.blocks * groups
         )
-        vb_end = op.dst + last[:5] * op.dst_stride + rows
-        bad_shape = Cat(
-            op.vectors == 0, op.vectors > config.tokens, op.blocks == 0, op.steps == 0, op.group_steps == 0
-        )
+        terms = {
+            "act_skip": last * op.stride,
+            "act_words": op.addr + Mux(op.codes == Codes.S24, op.steps, (op.steps + 1) >> 1),
+            "vb_skip": last * op.dst_stride,
+            "vb_words": op.dst + rows,
+            "table_end": op.table + op.vectors,
+            "bad_shape": Cat(op.vectors == 0, op.vectors > config.tokens, op.blocks == 0, op.steps == 0,
+                             op.group_steps == 0).any(),
+            "pc": queued_op.pc,
+            "valid": moves,
+        }  # fmt: skip
+        terms = self._held(m, "terms", terms)
+        ends = {
+            "act_end": terms["act_skip"] + terms["act_words"],
+            "vb_end": terms["vb_skip"] + terms["vb_words"],
+            "table_end": terms["table_end"],
+            "bad_shape": terms["bad_shape"],
+            "pc": terms["pc"],
+            "valid": terms["valid"],
+        }
+        ends = self._held(m, "ends", ends)
         beyond = Cat(
-            act_end > config.act_words, vb_end > config.vb_words, op.table + op.vectors > config.table_entries
-        )
-        return Mux(bad_shape.any(), Error.SHAPE, Mux(beyond.any(), Error.ADDRESS, Error.NONE))
+            ends["act_end"] > config.act_words,
+            ends["vb_end"] > config.vb_words,
+            ends["table_end"] > config.table_entries,
+        ).any()
+        kind = Mux(ends["bad_shape"], Error.SHAPE, Mux(beyond, Error.ADDRESS, Error.NONE))
+        found = self._held(m, "found", {"code": Mux(ends["valid"], kind, Error.NONE), "pc": ends["pc"]})
+        return found["code"], found["pc"]
+
+    @staticmethod
+    def _held(m, name, values):
+        """A register behind each value."""
+        held = {key: Signal(value.shape(), name=f"{name}_{key}") for key, value in values.items()}
+        m.d.sync += [held[key].eq(value) for key, value in values.items()]
+        return held

@@ -1,6 +1,6 @@
 """Accumulators to vector words: the output scale, the residual and the way into the vector buffer."""
 
-from amaranth import Const, Module, Mux, Signal, Value, signed, unsigned
+from amaranth import Cat, Const, Module, Mux, Signal, Value, signed, unsigned
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -8,13 +8,16 @@ from golden.spec.engine import EngineConfig
 from golden.spec.formats import ATTN_ACC_BITS, VEC_BITS
 from hw.engine.interfaces import TABLE_ADDR, VB_ADDR, OutputScale, table_write, vb_read, vb_write
 from hw.engine.lane import BANKS
-from hw.lib.arith import rnd_shift, saturate
+from hw.lib.arith import round_half, saturate, shift_left
 from hw.lib.memories import TypedMemory
+from hw.lib.pipeline import Pipe
 from hw.lib.shared import place
 
 PRE_BITS = 40
 """Width after the first rounding: legal tensors and softmax outputs stay below 2**39 (docs/formats.md, 3 and 8)."""
 MULT_BITS = 17
+SPLIT = 17
+"""The wide operand enters two DSPs: its low bits, unsigned, and the rest."""
 
 
 class DrainOp(data.Struct):
@@ -34,7 +37,7 @@ class DrainOp(data.Struct):
 class ScaleLane(wiring.Component):
     """`sat(rnd_shift(rnd_shift(acc, pre) * mult, post), 32)`; one per cycle, `latency` cycles after its operands."""
 
-    latency = 3
+    latency = 7
 
     def __init__(self):
         super().__init__(
@@ -43,20 +46,25 @@ class ScaleLane(wiring.Component):
 
     def elaborate(self, platform):
         m = Module()
-        rounded = Signal(signed(PRE_BITS), reset_less=True)
-        product = Signal(signed(PRE_BITS + MULT_BITS), reset_less=True)
-        mult, post_1, post_2 = (
-            Signal(n, name=f"delayed_{i}", reset_less=True) for i, n in enumerate((MULT_BITS, 6, 6))
-        )
-        m.d.sync += [
-            rounded.eq(rnd_shift(self.acc, self.scale.pre)),
-            mult.eq(self.scale.mult),
-            post_1.eq(self.scale.post),
-            product.eq(rounded * mult),
-            post_2.eq(post_1),
-            self.y.eq(saturate(rnd_shift(product, post_2), VEC_BITS)),
-        ]
+        p = Pipe(m)
+        rounded = self._round_shift(p, "first", self.acc, self.scale.pre)[:PRE_BITS].as_signed()
+        mult = p.reg(self.scale.mult, "mult", 2)
+        low, high = p.reg(rounded[:SPLIT] * mult, "low"), p.reg(rounded[SPLIT:].as_signed() * mult, "high")
+        product = p.reg((low + shift_left(high, SPLIT))[: PRE_BITS + MULT_BITS].as_signed(), "product")
+        rounded = self._round_shift(p, "second", product, p.reg(self.scale.post, "post", 4))
+        m.d.sync += self.y.eq(saturate(rounded, VEC_BITS))
         return m
+
+    @staticmethod
+    def _coarse(p, name, x, n):
+        """`x` with a fraction bit, shifted by the multiple of eight in `n`, and what is left to shift."""
+        return p.reg(shift_left(x, 1) >> Cat(Const(0, 3), n[3:]), f"{name}_coarse"), p.reg(
+            n[:3], f"{name}_fine"
+        )
+
+    def _round_shift(self, p, name, x, n):
+        coarse, fine = self._coarse(p, name, x, n)
+        return p.reg(round_half(coarse >> fine), f"{name}_rounded")
 
 
 class Drain(wiring.Component):

@@ -80,7 +80,8 @@ public:
     // Cycles of the simulation until the interrupt, or `limit`.
     uint64_t run(uint32_t program, uint64_t limit, uint64_t abort_at) {
         set(kControl, 4), set(kProgram, program), set(kControl, 1);
-        const uint64_t start = start_ = cycle_;
+        const uint64_t start = cycle_;
+        start_ = start + 1;  // a register write takes effect a cycle after its transfer
         events.clear();
         while (cycle_ - start < limit) {
             if (cycle_ - start == abort_at) set(kControl, 2);

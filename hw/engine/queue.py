@@ -9,7 +9,8 @@ from hw.engine.interfaces import unit_port
 from hw.lib.streams import StreamFIFO
 
 PC_BITS = 24
-QUEUE_DEPTH = 8
+QUEUE_DEPTH = 32
+"""A LUT RAM is 32 deep anyway; a short queue that fills holds up the instructions of every other unit."""
 IN_FLIGHT = 4
 
 

@@ -61,7 +61,7 @@ def test_output_scale_is_the_format():
 
 
 def test_truncation_instead_of_rounding_is_noticed(monkeypatch):
-    monkeypatch.setattr(drain, "rnd_shift", lambda x, n: x >> n)
+    monkeypatch.setattr(drain, "round_half", lambda y: y >> 1)
     with pytest.raises(AssertionError):
         run_scale()
 

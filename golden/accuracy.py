@@ -34,6 +34,7 @@ from golden.policies import Dense, KVPolicy, Lambda, Sparf, Sparq
 from golden.spec import SPEC_VERSION, KVStrataError
 from golden.spec.formats import KV_FORMATS
 from golden.spec.policies import PolicyCosts
+from golden.storage.decoder import Sparsity, StorageDecoder
 
 ENDS = (9_000, 18_000)
 """Token positions of the text where the predicted segments end."""
@@ -156,7 +157,7 @@ class Bench:
         """The decoder of a row; the last one is kept, and set up anew where only KV, activations or policy change."""
         if row.level not in ("float", "exact"):
             raise KVStrataError(f"a level must be float or exact, got {row.level}.")
-        wanted = (row.level, row.recipe)
+        wanted = (row.level + row.kv if in_drive(row) else row.level, row.recipe)
         if self._decoder is None or self._decoder[0] != wanted:
             self._decoder = None  # two models at once would not be needed
             self._decoder = (wanted, self._build(row))
@@ -165,10 +166,14 @@ class Bench:
         if isinstance(decoder, FloatDecoder):
             decoder.policy = parse_policy(row.policy, c.head_size, c.group)
             decoder.codec, decoder.activations = codec(row.kv), row.activations
+        elif isinstance(decoder, StorageDecoder):
+            decoder.sparsity = drive_sparsity(row.policy)
         elif isinstance(decoder, ExactDecoder):
             kv, centred = row.kv.removesuffix(CENTRED), row.kv.endswith(CENTRED)
             if row.activations != "a8" or kv not in KV_FORMATS:
-                raise KVStrataError(f"the exact level computes with a8 and kv4 or kv8, got {row.name}.")
+                raise KVStrataError(
+                    f"the exact level computes with a8 and kv4, kv8 or (in the drive) float, got {row.name}."
+                )
             decoder.window, decoder.kv_format = exact_window(row.policy), KV_FORMATS[kv]
             decoder.k_offset = self.k_offset() if centred else None
         return decoder
@@ -177,9 +182,8 @@ class Bench:
         weights = self.weights(row.recipe)
         if row.level == "float":
             return FloatDecoder(self.checkpoint, torch.float32, weights)
-        return ExactDecoder(
-            self.checkpoint, {name: w for name, w in weights.items() if isinstance(w, QuantisedWeight)}
-        )
+        codes = {name: w for name, w in weights.items() if isinstance(w, QuantisedWeight)}
+        return (StorageDecoder if in_drive(row) else ExactDecoder)(self.checkpoint, codes)
 
     # --- measuring ------------------------------------------------------------------------------------
     def reference(self, context: int) -> dict[str, Tensor]:
@@ -235,7 +239,9 @@ class Bench:
         records: list[int] = []
 
         def collect(layer: int, operator: str, operands: dict[str, Any]) -> None:
-            if operator == "attention" and isinstance(decoder, FloatDecoder):
+            if operator == "selection":
+                records.append(costs.step(operands["selection"]).read_bytes)
+            elif operator == "attention" and isinstance(decoder, FloatDecoder):
                 chosen = decoder.policy.records(operands["heads"], operands["selected"], layer)
                 records.extend(costs.step(r).read_bytes for r in chosen)
 
@@ -281,6 +287,22 @@ class Bench:
         return sum(a == b for a, b in zip(guesses, digits)) / len(digits)
 
 
+def in_drive(row: Row) -> bool:
+    """Whether a row is exact with the cache in binary16 on flash and attention in the in-storage unit."""
+    return row.level == "exact" and row.kv == "float"
+
+
+def drive_sparsity(policy: str) -> Sparsity | None:
+    """The in-storage unit's SparF of a row's policy text; None for dense."""
+    kind, _, values = policy.partition(":")
+    if policy == "dense":
+        return None
+    if kind != "sparf":
+        raise KVStrataError(f"the in-storage unit attends densely or by sparf:r,share, got {policy}.")
+    r, share = values.split(",")
+    return Sparsity(r=int(r), ratio=round(1 / float(share)))
+
+
 def exact_window(policy: str) -> LambdaWindow | None:
     """The engine's Lambda window of a row's policy text."""
     if policy == "dense":
@@ -294,6 +316,11 @@ def exact_window(policy: str) -> LambdaWindow | None:
 
 def prefill(decoder: Decoder, tokens: Tensor, cache: Any) -> None:
     """Feed a prompt under the policy's own rule for prompts."""
+    if isinstance(decoder, StorageDecoder):
+        sparsity, decoder.sparsity = decoder.sparsity, None
+        decoder.hidden(tokens, cache)
+        decoder.sparsity = sparsity
+        return
     if not isinstance(decoder, FloatDecoder):
         decoder.hidden(tokens, cache)
         return
@@ -396,6 +423,8 @@ POLICIES = (
     "lambda-limit:4+256", "lambda-cache:4+256", "lambda-limit:4+1024",
     "sparq:16,0.125", "sparf:16,0.125", "sparf:32,0.125",
 )  # fmt: skip
+DRIVE_POLICIES = ("dense", "sparf:16,0.125")
+"""Of the in-storage unit's binary16 attention, token by token in numpy: at the shortest context."""
 SHORT_CONTEXTS, LONG_CONTEXTS = (256, 1024), (2048, 4096, 8192)
 
 
@@ -410,6 +439,8 @@ def grid(long: bool = True) -> Iterator[Row]:
     for recipe, activations, kv, level in FORMATS[len(float_weights) :]:
         for context in SHORT_CONTEXTS:
             yield Row(context, level, recipe, activations, kv)
+            if (recipe, kv, context) == (W4_EXACT, "kv8", 256):
+                yield from (Row(context, level, recipe, activations, "float", p) for p in DRIVE_POLICIES)
             if (recipe, kv) == (W4_EXACT, "kv4") and context > 256:
                 yield Row(context, level, recipe, activations, kv, "lambda-limit:4+256")
     for context in LONG_CONTEXTS if long else ():

@@ -132,18 +132,19 @@ def _pad(x: NDArray) -> NDArray:
 
 
 def exact(q: F16, k: F16, v: F16, selected: NDArray[np.bool_]) -> tuple[F32, Softmax]:
-    """y [G, dh] of exact attention over the selected tokens (bool [S]), and the softmax state it ended in."""
+    """y [G, dh] of exact attention over the selected tokens (bool [S], or [G, S] by query), and the final state."""
     queries, dh = q.shape
     c = np.full(queries, SOFTMAX_SCALE[dh], np.int64)
     frac = np.full(queries, SCALE_FRAC, np.int64)
     state = Softmax(queries)
     o = np.zeros((queries, dh), np.float32)
-    for kg, vg, present in zip(_pad(k), _pad(v), _pad(selected)):
+    marks = _pad(selected.T).swapaxes(1, -1)  # [groups, 16] or [groups, G, 16]
+    for kg, vg, present in zip(_pad(k), _pad(v), marks):
         if not present.any():
             continue
         s = tree(mul(q[:, None, :], kg[None]))
         _, p, d = state.step(s, c, frac, present)
-        products = np.where(present, mul(p[:, None, :], vg.T[None]), np.float32(0))
+        products = np.where(present[..., None, :], mul(p[:, None, :], vg.T[None]), np.float32(0))
         o = add(scale2(o, d[:, None]), tree(products))
     rl, n = reciprocal(state.sum)
     y = mulint(o, rl[:, None], n[:, None] - 24)

@@ -21,6 +21,7 @@ from golden.loaders.checkpoint import Checkpoint
 from golden.ops import KVCodes
 from golden.spec import KVStrataError
 from golden.spec.formats import KV_FORMATS, L_EXTRA_FRAC, P_FRAC
+from golden.spec.policies import Selection
 from golden.storage.attention import Softmax, exact, mean_value, sparf
 from golden.storage.fp import F16, to_fp16
 
@@ -40,16 +41,16 @@ class SparfSize(NamedTuple):
 
 @dataclass(frozen=True)
 class Sparsity:
-    """SparF at any context: r channels, one token in `ratio` (at least the window), a recent window."""
+    """SparF at any context: r channels, one token in `ratio`, the most recent `window` of them (0: a quarter)."""
 
     r: int = 16
     ratio: int = 8
-    window: int = 16
+    window: int = 0
 
     def at(self, tokens: int) -> SparfSize:
         """For a context of `tokens` tokens."""
         k = min(tokens, max(self.window, -(-tokens // self.ratio)))
-        return SparfSize(self.r, k, min(self.window, k))
+        return SparfSize(self.r, k, min(k, self.window or max(1, k // 4)))
 
 
 @dataclass(frozen=True)
@@ -114,10 +115,10 @@ def engine_partial(q: Tensor, keys: Tensor, values: Tensor, bits: int) -> attent
 class _StoredCache:
     """k and v of a sequence as they were computed, Q16 [S, Hkv, dh] per layer."""
 
-    def __init__(self, layers: int) -> None:
+    def __init__(self, layers: int, kv_heads: int, head_size: int) -> None:
         self.length = 0
-        self.k: list[list[Tensor]] = [[] for _ in range(layers)]
-        self.v: list[list[Tensor]] = [[] for _ in range(layers)]
+        empty = torch.zeros(0, kv_heads, head_size, dtype=torch.int64)
+        self.k, self.v = [empty] * layers, [empty] * layers
 
 
 class StorageDecoder(ExactDecoder):
@@ -134,27 +135,45 @@ class StorageDecoder(ExactDecoder):
 
     def new_cache(self) -> _StoredCache:  # type: ignore[override]
         """An empty cache."""
-        return _StoredCache(self.config.layers)
+        c = self.config
+        return _StoredCache(c.layers, c.kv_heads, c.head_size)
 
     def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, cache: _StoredCache) -> Tensor:  # type: ignore[override]
-        """Rotate, store, attend token by token."""
+        """Rotate, store, attend: every token over all tokens up to itself."""
         c, steps = self.config, len(q)
         cos, sin = ops.rope_table(torch.arange(cache.length, cache.length + steps), c.head_size, c.rope_base)
         heads = [x.view(steps, -1, c.head_size) for x in (q, k, v)]
         turned = [ops.rope(x.transpose(0, 1), cos, sin).transpose(0, 1) for x in heads[:2]]
-        rows = []
-        for t in range(steps):
-            cache.k[layer].append(turned[1][t])
-            cache.v[layer].append(heads[2][t])
-            rows.append(self.token(turned[0][t], torch.stack(cache.k[layer]), torch.stack(cache.v[layer])))
-        return torch.stack(rows)
+        cache.k[layer] = torch.cat([cache.k[layer], turned[1]])
+        cache.v[layer] = torch.cat([cache.v[layer], heads[2]])
+        return self.attend(layer, turned[0], cache.k[layer], cache.v[layer])
 
-    def token(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Q16 [T, Hq * dh] of the last T tokens' q [T, Hq, dh] over k and v [S, Hkv, dh]."""
+        if self.sparsity is None:
+            return torch.cat([self._dense(q, k, v, head) for head in range(self.config.kv_heads)], 1)
+        return self._token_by_token(layer, q, k, v)
+
+    def _token_by_token(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        start = len(k) - len(q)
+        return torch.stack(
+            [self.token(layer, q[t], k[: start + t + 1], v[: start + t + 1]) for t in range(len(q))]
+        )
+
+    def _dense(self, q: Tensor, k: Tensor, v: Tensor, head: int) -> Tensor:
+        """Q16 [T, G * dh] of one KV head; groups of tokens beyond a query change none of its bits."""
+        group, steps = self.config.group, len(q)
+        queries = half(q[:, head * group : (head + 1) * group].reshape(steps * group, -1))
+        causal = np.arange(len(k)) <= np.arange(len(k) - steps, len(k)).repeat(group)[:, None]
+        y, _ = exact(queries, half(k[:, head]), half(v[:, head]), causal)
+        return ops.to_q16(to_fp16(y).astype(np.float64)).view(steps, -1)
+
+    def token(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Q16 [Hq * dh] of q [Hq, dh] over k and v [S, Hkv, dh]."""
-        outputs = [self.head(q, k, v, h)[0] for h in range(self.config.kv_heads)]
+        outputs = [self.head(layer, q, k, v, h)[0] for h in range(self.config.kv_heads)]
         return ops.to_q16(np.concatenate(outputs).astype(np.float64)).flatten()
 
-    def head(self, q: Tensor, k: Tensor, v: Tensor, head: int) -> tuple[F16, Softmax]:
+    def head(self, layer: int, q: Tensor, k: Tensor, v: Tensor, head: int) -> tuple[F16, Softmax]:
         """In-storage attention of one KV head's queries: output [G, dh] and the softmax state it ended in."""
         group = self.config.group
         queries, keys, values = half(q[head * group : (head + 1) * group]), half(k[:, head]), half(v[:, head])
@@ -163,6 +182,10 @@ class StorageDecoder(ExactDecoder):
             return to_fp16(y), state
         s = self.sparsity.at(len(keys))
         trace = sparf(queries, keys, values, mean_value(values), r=s.r, top=s.k, window=s.window)
+        chosen = Selection(
+            len(keys) - 1, layer, head, tuple(trace.channels.tolist()), tuple(trace.tokens.tolist())
+        )
+        self._observe(layer, "selection", selection=chosen)
         return trace.output, trace.state
 
 
@@ -173,7 +196,11 @@ class HybridDecoder(StorageDecoder):
         super().__init__(checkpoint, weights)
         self.split, self.bits = split, KV_FORMATS[kv].bits
 
-    def token(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Token by token: each has its own window."""
+        return self._token_by_token(layer, q, k, v)
+
+    def token(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Engine over sinks and window, in-storage attention over the tokens between, merged."""
         first, older = self.split.sinks, self.split.older(len(k))
         between = slice(first, first + older)
@@ -181,7 +208,7 @@ class HybridDecoder(StorageDecoder):
         partial = engine_partial(q, k[near], v[near], self.bits)
         if not older:
             return attention.finish(partial).flatten()
-        outcomes = [self.head(q, k[between], v[between], h) for h in range(self.config.kv_heads)]
+        outcomes = [self.head(layer, q, k[between], v[between], h) for h in range(self.config.kv_heads)]
         outputs = ops.to_q16(np.concatenate([y for y, _ in outcomes]).astype(np.float64))
         maximum, total = (
             torch.from_numpy(np.concatenate([getattr(state, n) for _, state in outcomes]))

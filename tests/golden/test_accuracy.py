@@ -10,8 +10,10 @@ from golden.accuracy import (
     Bench,
     Results,
     Row,
+    drive_sparsity,
     exact_window,
     grid,
+    in_drive,
     measure_rows,
     missing,
     parse_policy,
@@ -60,6 +62,16 @@ def test_the_reference_row_is_perfect_and_others_are_not(rows):
     assert reference["passkey"] == 1.0
 
 
+@pytest.mark.slow
+def test_rows_of_the_in_storage_unit(rows, short, smollm2, tmp_path):
+    """Dense binary16 attention beats the quantised caches; SparF reads pages as the float policy does."""
+    wanted = [Row(48, "exact", Recipe("w4"), "a8", "float", p) for p in ("dense", "sparf:16,0.25")]
+    dense, sparf = measure_rows(wanted, smollm2, tmp_path)
+    assert 0 < dense["kl_nats"] < sparf["kl_nats"] < 3
+    assert dense["kv_bytes_per_token"] == 30 * 3 * 48 * 2 * 128
+    assert 90 * 4096 * (2 + 4) <= sparf["kv_bytes_per_token"] <= 90 * (4096 * (4 + 16) + 128)
+
+
 def test_bytes_come_from_the_formats(rows):
     reference, kv4, sparf, exact = rows[1]
     assert reference["kv_bytes_per_token"] == 30 * 3 * 48 * 2 * 128
@@ -89,7 +101,7 @@ def test_every_row_of_the_grid_is_legal_and_its_own(smollm2):
     for row in every:
         parse_policy(row.policy, 64, 3)
         if row.level == "exact":
-            exact_window(row.policy)
+            (drive_sparsity if in_drive(row) else exact_window)(row.policy)
     assert {r.context for r in every} == {256, 1024, 2048, 4096, 8192}
 
 
@@ -116,10 +128,14 @@ def test_impossible_rows_are_named(short, smollm2, tmp_path):
     bench = Bench(smollm2, tmp_path)
     with pytest.raises(KVStrataError, match="a context must be 25 to 299 tokens, got 300"):
         bench.windows(300)
-    with pytest.raises(KVStrataError, match="the exact level computes with a8 and kv4 or kv8"):
+    with pytest.raises(
+        KVStrataError, match="the exact level computes with a8 and kv4, kv8 or .in the drive. float"
+    ):
         bench.decoder(Row(48, "exact", Recipe("w4"), "a8", "kivi4"))
     with pytest.raises(KVStrataError, match="the exact level attends densely or by lambda-limit"):
         exact_window("sparq:16,0.125")
+    with pytest.raises(KVStrataError, match="in-storage unit attends densely or by sparf:r,share, got sparq"):
+        drive_sparsity("sparq:16,0.125")
 
 
 def test_page_and_plot_show_the_rows(smollm2):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from golden.spec import KVStrataError
 from golden.spec.storage import EXP2_TABLE
-from golden.storage import attention, fp
+from golden.storage import attention, fp, vector_sets
 
 
 def head(rng, queries, tokens, head_size, spread=2.0):
@@ -136,3 +136,15 @@ def test_nan_and_infinity_poison_as_ieee_softmax_does():
     q[:, 0], k[:, 0], k[7, 0] = 1, 0, -np.inf
     kept = np.arange(40) != 7
     np.testing.assert_allclose(attention.dense(q, k, v), reference(q, k[kept], v[kept]), atol=2e-3)
+
+
+@pytest.mark.parametrize("head", [vector_sets.seeded(3), vector_sets.corners()], ids=["seeded", "corners"])
+def test_queries_with_their_own_tokens_are_as_each_alone(head):
+    q, k, v = head
+    selected = np.random.default_rng(0).random((len(q), len(k))) < 0.3
+    selected[1, :40] = False
+    together, state = attention.exact(q, k, v, selected)
+    for i in range(len(q)):
+        alone, ended = attention.exact(q[i : i + 1], k, v, selected[i])
+        assert np.array_equal(together[i : i + 1].view(np.uint32), alone.view(np.uint32))
+        assert (state.sum[i], state.maximum[i]) == (ended.sum[0], ended.maximum[0])

@@ -18,9 +18,8 @@ from hw.storage import normalise
 from hw.storage.lane import P_STORE_LATENCY, TOTAL_TIME, score_time
 from hw.storage.softmax import SoftmaxLane
 
-
 RESET_CYCLES = 128
-"""For how long a reset is held: pipeline registers have none and run empty meanwhile, the longest (a score's) in 100."""
+"""For how long a reset is held: pipeline registers have none and run empty meanwhile, a score's in 100."""
 
 
 def probability_latency(head_size: int) -> int:

@@ -137,10 +137,45 @@ def _unit_rows() -> Iterable[dict[str, Any]]:
         }
 
 
+SPARF_SHAPES = (
+    (2, 512, True),
+    (16, 512, True),
+    (16, 2048, True),
+    (16, 4096, True),
+    (16, 2048, False),
+    (16, 4096, False),
+)
+"""Heads, tokens, and whether the selected tokens lie in runs; r = 16 of 128 channels, one token in eight."""
+
+
+def _sparf_rows() -> Iterable[dict[str, Any]]:
+    import numpy as np
+
+    from sw_stack.rtl import selections
+    from sw_stack.rtl.attention import KernelConfig
+    from sw_stack.rtl.storage import UnitConfig, run
+
+    random = np.random.default_rng(1)
+    rate = KernelConfig().flash_bytes_per_cycle
+    for heads, tokens, clustered in SPARF_SHAPES:
+        batch = selections.batch(random, heads, tokens, clustered=clustered)
+        result = run(batch.cache, batch.jobs, UnitConfig(), read_ns=READ_NS)
+        kind = "clustered" if clustered else "random"
+        yield {
+            "name": f"SparF {kind}, {heads} heads, {tokens} tokens x {selections.HEAD_SIZE}",
+            "shape": [heads, tokens, selections.HEAD_SIZE],
+            "cycles": result.cycles,
+            "bound_cycles": batch.page_bytes / rate,
+            "bytes": batch.page_bytes,
+            "commands": heads,
+        }
+
+
 TABLES: tuple[Table, ...] = (
     Table("mv_core", "small", 225.0, _matrix_rows, engines=("small",)),
     Table("attention_head", "one-kernel", 285.0, _head_rows),
     Table("storage_unit", "8-channels", 285.0, _unit_rows, engines=()),
+    Table("storage_unit_sparf", "8-channels", 285.0, _sparf_rows, engines=()),
 )
 
 

@@ -10,11 +10,20 @@ def command(
     image: Annotated[Path, typer.Argument(help="image directory of `pack`")],
     program: Annotated[str, typer.Option(help="decode, prefill or head")] = "decode",
     position: Annotated[int, typer.Option(min=0, help="slot of the pass's first token")] = 0,
-    latency: Annotated[int, typer.Option(min=1, help="memory latency in cycles")] = 40,
+    memory: Annotated[
+        str, typer.Option(help="hbm, random (rtl alone), or a fixed latency in cycles")
+    ] = "hbm",
+    device: Annotated[
+        str, typer.Option(help="timing: predict; rtl: measure on the Verilated engine")
+    ] = "timing",
+    wave: Annotated[
+        str | None, typer.Option(help="first:last cycle of which device rtl writes a waveform")
+    ] = None,
+    wave_file: Annotated[Path, typer.Option(help="where the waveform (FST) goes")] = Path("wave.fst"),
     trace: Annotated[Path | None, typer.Option(help="file for a timeline that Perfetto opens")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
 ) -> None:
-    """Predict a pass: busy share and stall reasons of every unit, and a timeline of all instructions."""
+    """Busy share and stall reasons of every unit in a pass, and a timeline of all instructions."""
     import json
 
     from golden.spec import KVStrataError
@@ -22,18 +31,20 @@ def command(
     from hw.flow.cache import write_atomically
     from sw_stack.cli.output import note, show_json, show_rows
     from sw_stack.compile.decoder import compile_model
-    from sw_stack.compile.program import step_registers
-    from sw_stack.compile.schedule import MemoryTiming, schedule
     from sw_stack.pack.image import Image
-    from sw_stack.runtime.profile import timeline
+    from sw_stack.runtime.profile import run_profile, timeline, window
 
     opened = Image.open(image, verify=False)
     known = compile_model(opened.map, opened.norm_exponents).programs
     if program not in known:
         raise KVStrataError(f"a program is one of {', '.join(known)}; got {program!r}")
     chosen = known[program]
-    registers = {int(r): v for r, v in step_registers(opened.map, position, max(1, chosen.tokens)).items()}
-    result = schedule(chosen, opened.map.engine, registers, MemoryTiming(latency))
+    cycles = None if wave is None else window(wave)
+    if wave is not None and device != "rtl":
+        raise KVStrataError(f"a waveform comes from device rtl; got {device!r}")
+    result = run_profile(opened, chosen, position, device, memory, cycles, wave_file)
+    if wave is not None:
+        note(f"waveform in {wave_file}")
     rows = [
         {
             "unit": unit.name.lower(),
@@ -49,6 +60,15 @@ def command(
         write_atomically(trace, json.dumps(events))
         note(f"timeline in {trace}")
     if as_json:
-        show_json({"program": program, "position": position, "cycles": result.cycles, "units": rows})
+        show_json(
+            {
+                "program": program,
+                "position": position,
+                "device": device,
+                "cycles": result.cycles,
+                "units": rows,
+            }
+        )
         return
-    show_rows(f"{program} at {position}: {result.cycles} cycles predicted", rows, False)
+    how = "measured" if device == "rtl" else "predicted"
+    show_rows(f"{program} at {position}: {result.cycles} cycles {how}", rows, False)

@@ -360,7 +360,8 @@ class Append:
         while groups:
             here = min(groups, config.channels - channel)
             arrived = self._port.read(max(at, quiet) + ADDRESS, tile)
-            last = math.ceil(arrived) + self._memory.refresh_wait(here) + here * tile
+            first = math.ceil(arrived)
+            last = first + self._memory.refresh_wait(here, first) + here * tile
             quiet = self._answered(last, here)
             groups, channel, at = groups - here, 0, last + BLOCK_STAGES
         scale = last + 1
@@ -368,8 +369,8 @@ class Append:
 
     def _answered(self, written: int, channels: int) -> int:
         """First cycle in which the writer is quiet after the last word, taken in cycle `written`, for as many."""
-        memory = self._memory
-        return written + WordWriter.latency + memory.write_latency_cycles + memory.refresh_wait(channels) + 1
+        sent = written + WordWriter.latency
+        return sent + self._memory.write_latency_cycles + self._memory.refresh_wait(channels, sent) + 1
 
 
 WRITE_GATHER = 4
@@ -396,7 +397,8 @@ class Dma:
         for beats_of in rows:
             left = f["count"]
             for n in beats_of:
-                arrived = self._port.read(handed + ADDRESS, n) + self._memory.refresh_wait(1)
+                arrived = self._port.read(handed + ADDRESS, n)
+                arrived += self._memory.refresh_wait(1, int(arrived))
                 handed += 1
                 here = min(left, n * self._ratio)
                 left -= here

@@ -58,12 +58,14 @@ class MemoryTiming:
             REFRESH_PHASES,
         )
 
-    def refresh_wait(self, channels: int) -> int:
-        """Mean cycles that an access to the first `channels` channels at once waits for the last of their refreshes.
+    def refresh_wait(self, channels: int, cycle: int) -> int:
+        """Cycles that an access to the first `channels` channels at once waits for the last of their refreshes.
 
-        When a run meets refreshes is not known beforehand, so its cycles are predicted in the mean.
+        Where in its refreshes a memory stands when a run starts is not known beforehand; the first is taken to be due a
+        whole period after it.
         """
-        return _refresh_wait(self.refresh_period_cycles, self.refresh_cycles, self.refresh_phases, channels)
+        waits = _refresh_waits(self.refresh_period_cycles, self.refresh_cycles, self.refresh_phases, channels)
+        return waits[cycle % self.refresh_period_cycles]
 
 
 def _cycles(time_ps: int, timing: HbmTiming) -> int:
@@ -71,7 +73,7 @@ def _cycles(time_ps: int, timing: HbmTiming) -> int:
 
 
 @lru_cache(maxsize=64)
-def _refresh_wait(period: int, length: int, phases: int, channels: int) -> int:
+def _refresh_waits(period: int, length: int, phases: int, channels: int) -> list[int]:
+    """By cycle of the period."""
     starts = [period * (n % phases + 1) // phases for n in range(channels)]
-    waits = (max(max(0, length - (t - s) % period) for s in starts) for t in range(period))
-    return round(sum(waits) / period)
+    return [max(max(0, length - (t - s) % period) for s in starts) for t in range(period)]

@@ -8,6 +8,7 @@ its unit's queue is full, and a unit works on at most `IN_FLIGHT` operations.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -114,7 +115,7 @@ class _Scheduler:
             for other in (u for u in Unit if instruction.signal >> u & 1):
                 self.signals[unit, other].append(len(self.ends[unit]) - 1)
         slots = [self._final(s, n) for s, n in zip(slots, order)]
-        return Schedule(slots, self._end(slots, program), self._busy(slots), self._most_tokens())
+        return Schedule(slots, self._end(slots, program), busy_cycles(slots), self._most_tokens())
 
     def _ready(self, unit: Unit, queued: int) -> tuple[int, str]:
         """First cycle in which the unit takes another operation, and what it waits for until then."""
@@ -176,15 +177,6 @@ class _Scheduler:
         halted = self.fetch.queued(program.base, len(slots), []) - 1
         return max([halted, *(self._done(u, len(e) - 1) + 1 for u, e in self.ends.items() if e)]) + 1
 
-    def _busy(self, slots: list[Slot]) -> dict[Unit, int]:
-        """Cycles in which a unit holds an operation."""
-        busy: dict[Unit, int] = dict.fromkeys(Unit, 0)
-        until: dict[Unit, int] = dict.fromkeys(Unit, 0)
-        for slot in slots:
-            busy[slot.unit] += max(0, slot.end - max(slot.start, until[slot.unit]))
-            until[slot.unit] = max(until[slot.unit], slot.end)
-        return busy
-
     def _most_tokens(self) -> int:
         most = 0
         for (unit, other), given in self.signals.items():
@@ -196,6 +188,16 @@ class _Scheduler:
                 held += change
                 most = max(most, held)
         return most
+
+
+def busy_cycles(slots: Sequence[Slot]) -> dict[Unit, int]:
+    """Cycles in which a unit holds an operation."""
+    busy: dict[Unit, int] = dict.fromkeys(Unit, 0)
+    until: dict[Unit, int] = dict.fromkeys(Unit, 0)
+    for slot in slots:
+        busy[slot.unit] += max(0, slot.end - max(slot.start, until[slot.unit]))
+        until[slot.unit] = max(until[slot.unit], slot.end)
+    return busy
 
 
 def _with_registers(instruction: Instruction, registers: dict[int, int]) -> dict[str, int]:

@@ -29,9 +29,9 @@ class RtlDevice:
 
     name = "rtl"
 
-    def __init__(self, image: Image, model: MemoryModel | None = None) -> None:
+    def __init__(self, image: Image, model: MemoryModel | None = None, waves: bool = False) -> None:
         self._config = image.map.engine
-        self.engine = EngineProcess(self._config, model)
+        self.engine = EngineProcess(self._config, model, waves)
         self._aux_bytes = len(image.aux())
         for channel in range(self._config.channels):
             self.engine.map_channel(channel, image.directory / channel_file(channel))

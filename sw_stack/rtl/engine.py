@@ -53,8 +53,9 @@ def _events(raw: np.ndarray) -> list[Event]:
 
 
 @cache
-def engine_program(config: EngineConfig) -> Path:
-    """The Verilated engine of a configuration with its C++ memories, built once per content."""
+def engine_program(config: EngineConfig, waves: bool = False) -> Path:
+    """The Verilated engine of a configuration with its C++ memories, built once per content; `waves`: one that can
+    write waveforms, which is slower."""
     import hw.engine
     from hw.engine.engine import Engine
     from hw.flow.verilator import build_harness
@@ -65,20 +66,24 @@ def engine_program(config: EngineConfig) -> Path:
         emit(partial(Engine, config), "engine"),
         [here / "engine_harness.cpp"],
         include_dirs=[here / "mem"],
-        defines={"KV_CHANNELS": config.channels, "COUNTERS": len(Counter)},
+        defines={"KV_CHANNELS": config.channels, "COUNTERS": len(Counter), **({"WAVES": 1} if waves else {})},
+        trace=waves,
     )
 
 
 class EngineProcess:
     """A running simulation. Raises KVStrataError with the simulation's sentence when a command fails."""
 
-    def __init__(self, config: EngineConfig, model: MemoryModel | None = None) -> None:
+    def __init__(self, config: EngineConfig, model: MemoryModel | None = None, waves: bool = False) -> None:
         self.config = config
         self._directory = tempfile.TemporaryDirectory()
         text = self._path("memory.txt")
         text.write_text((model or MemoryModel()).to_text())
         self._process = subprocess.Popen(
-            [str(engine_program(config)), str(text)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [str(engine_program(config, waves)), str(text)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         self.set(Reg.WATCHDOG, WATCHDOG_CYCLES)
 
@@ -138,6 +143,10 @@ class EngineProcess:
     def profile(self, on: bool = True) -> None:
         """Record what units start and end in every run from now on, or stop that."""
         self.command(f"profile {self._path('events.bin')}" if on else "profile")
+
+    def wave(self, first: int, last: int, path: Path) -> None:
+        """Write an FST waveform of cycles [first, last) of the next run; the process must have been made with waves."""
+        self.command(f"wave {first} {last} {path.resolve()}")
 
     def events(self) -> list[Event]:
         """The operations of the last run, unit by unit in order; a profile must have been on."""

@@ -17,6 +17,7 @@ from hw.flow.cache import build_dir, content_key
 from sw_stack.compile.decoder import Programs, compile_model, compile_split
 from sw_stack.device.golden import GoldenDevice
 from sw_stack.device.protocol import EngineDevice
+from sw_stack.drive.attention import AttentionUnit
 from sw_stack.drive.driver import Driver, open_drive
 from sw_stack.drive.flash import Geometry
 from sw_stack.drive.shape import TaskShape
@@ -27,6 +28,8 @@ from sw_stack.runtime.session import Session, SplitSession
 
 DEVICES = ("golden", "rtl", "timing")
 CHANNELS_PER_PAGE = 8
+RTL_FLASH_CHANNELS = 2
+"""Flash channels of the simulated unit: results do not depend on them, build time does."""
 
 
 @dataclass(frozen=True)
@@ -115,12 +118,28 @@ def open_placement(checkpoint: Checkpoint, setup: Setup) -> tuple[Placement, Dri
     c = checkpoint.config
     shape = TaskShape(c.layers, c.heads, c.kv_heads, c.head_size, CHANNELS_PER_PAGE, setup.context)
     pages = 2 * 3 * c.layers * c.kv_heads * shape.groups
-    geometry = Geometry(8, 2, max(4, -(-pages // (8 * 2 * 64))), 64)
-    driver, _ = open_drive(geometry)
+    channels = RTL_FLASH_CHANNELS if setup.device == "rtl" else 8
+    geometry = Geometry(channels, 2, max(4, -(-pages // (channels * 2 * 64))), 64)
+    driver, _ = open_drive(geometry, unit=_unit(setup, c.group))
     driver.config(0, shape, 1)
     if setup.placement == "csd":
         return InStorage(driver, setup.sparsity), driver
     return WindowAndStorage(driver, setup.split, setup.kv), driver
+
+
+def _unit(setup: Setup, queries: int) -> AttentionUnit | None:
+    """The unit behind the drive's firmware: the RTL for device rtl, else the drive's own golden one."""
+    if setup.device != "rtl":
+        return None
+    from sw_stack.drive.rtl_unit import RtlUnit
+    from sw_stack.rtl.storage import UnitConfig
+
+    if setup.placement != "csd":
+        raise KVStrataError(
+            f"the in-storage unit's RTL gives no softmax state to merge, so device rtl takes placement engine or csd; "
+            f"got {setup.placement!r}"
+        )
+    return RtlUnit(UnitConfig(RTL_FLASH_CHANNELS, queries, max(1024, 1 << (setup.context - 1).bit_length())))
 
 
 def open_session(

@@ -373,8 +373,8 @@ class Append:
         return sent + self._memory.write_latency_cycles + self._memory.refresh_wait(channels, sent) + 1
 
 
-WRITE_GATHER = 4
-"""From the descriptor to the first word in the write buffer: its enable, VB read, data, queue."""
+WRITE_GATHER = 3
+"""From the descriptor to the first word in the write buffer: VB read, data, queue."""
 
 
 # --- DMA ----------------------------------------------------------------------------------------------------
@@ -406,16 +406,20 @@ class Dma:
         return math.ceil(moved)
 
     def _write(self, posted: int, rows: list[list[int]], count: int) -> int:
-        """A burst starts when all its beats are in the write buffer and the one before has left it."""
-        start, moved = 0, posted + WRITE_GATHER - 1
+        """A burst starts when all its beats are in the write buffer and the last beat of the one before leaves it.
+
+        The port changes owner in a cycle of its own, unless an answer is still to come.
+        """
+        moved, sent, answered = posted + WRITE_GATHER - 1, 0, -1
         for beats_of in rows:
             left = count
             for beats in beats_of:
                 here = min(left, beats * self._ratio)
                 left, moved = left - here, moved + here
-                start = max(moved + 1, start)
-                last, start = start, start + beats
-        return last + beats + self._memory.write_latency_cycles
+                address = max(moved + 1, sent) + ADDRESS
+                sent = address + (address > answered) + beats - 1
+                answered = sent + self._memory.write_latency_cycles
+        return answered
 
 
 # --- instructions -------------------------------------------------------------------------------------------

@@ -1,0 +1,103 @@
+"""The in-storage unit's RTL behind firmware, maps and flash: outputs equal to the golden unit's, and whole text."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from golden.loaders import Checkpoint
+from golden.ops import argmax_lowest
+from golden.spec import KVStrataError
+from golden.spec.storage import PPN
+from golden.storage.decoder import Sparsity, StorageDecoder
+from sw_stack.drive.attention import HeadPages, Job
+from sw_stack.drive.driver import Selection, open_drive
+from sw_stack.drive.flash import Geometry
+from sw_stack.drive.ftl import FtlOptions
+from sw_stack.drive.rtl_unit import RtlUnit, physical_page
+from sw_stack.drive.shape import TaskShape
+from sw_stack.rtl.storage import UnitConfig
+from sw_stack.runtime.machine import Setup, open_session
+
+CONFIG = UnitConfig(channels=2, lanes=3, max_tokens=1024)
+SHAPE = TaskShape(layers=1, q_heads=6, kv_heads=2, head_size=64, channels_per_page=8, max_tokens=1024)
+GEOMETRY = Geometry(channels=2, dies_per_channel=2, blocks_per_die=32, pages_per_block=16)
+
+
+def test_physical_pages_are_distinct() -> None:
+    """Every page of the FTL's array has its own number at the flash interface, on the FTL's channel."""
+    numbers = {physical_page(ppn, GEOMETRY) for ppn in range(GEOMETRY.pages)}
+    assert len(numbers) == GEOMETRY.pages
+    for ppn in range(0, GEOMETRY.pages, 37):
+        fields = PPN.unpack(physical_page(ppn, GEOMETRY))
+        assert fields["channel"] == GEOMETRY.channel_of(np.array([ppn]))[0]
+        assert fields["page"] == ppn % GEOMETRY.pages_per_block
+
+
+@pytest.mark.slow
+@pytest.mark.rtl
+def test_the_rtl_answers_from_the_maps_as_the_golden_unit_does() -> None:
+    """Tails, whole segments, spilled buffers and reclaimed sequences between; dense and sparse, bit for bit."""
+    random = np.random.default_rng(5)
+    unit = RtlUnit(CONFIG)
+    drives = [open_drive(GEOMETRY, FtlOptions(), unit=u)[0] for u in (unit, None)]
+    for driver in drives:
+        driver.config(0, SHAPE, 2)
+    held = [0, 0]
+    for step, new in enumerate((5, 40, 19, 200, 1, 63, 256, 30)):
+        batch = step % 3 % 2
+        k, v = (random.standard_normal((2, new, 64)).astype(np.float16) for _ in range(2))
+        held[batch] += new
+        q = random.standard_normal((1, 6, 64)).astype(np.float16)
+        tokens = held[batch] - (step == 4) * 7
+        top = min(16, tokens)
+        for selection in (None, Selection(8, top, min(4, top))):
+            answers = []
+            for driver in drives:
+                if selection is None:
+                    driver.append(0, batch, 0, k, v)
+                answers.append(driver.attend(0, batch, 0, q, selection, tokens))
+            assert not answers[0].errors
+            assert not answers[1].errors
+            got, expected = (a.outputs.view(np.uint16) for a in answers)
+            assert np.array_equal(got, expected), f"step {step}, {tokens} tokens, {selection}"
+    assert len(unit.cycles) == 8 * 2 * 2
+
+
+@pytest.mark.slow
+@pytest.mark.rtl
+@pytest.mark.parametrize("sparsity", [None, Sparsity(ratio=4)])
+def test_text_with_attention_in_storage_on_rtl(smollm2: Checkpoint, sparsity: Sparsity | None) -> None:
+    """Four real layers: the engine's RTL projects, the drive's RTL attends; logits equal to the golden decoder."""
+    four = dataclasses.replace(smollm2, config=dataclasses.replace(smollm2.config, layers=4))
+    setup = Setup("small", "rtl", "csd", context=64, sparsity=sparsity, memory="2")
+    session = open_session(four, setup)
+    golden = StorageDecoder(four, "w4", sparsity)
+    cache, ids = golden.new_cache(), [1, 9690, 198, 2683, 359, 253]
+    try:
+        for _ in range(2):
+            logits = session.forward(ids)
+            expected = [golden.forward([token], cache)[0] for token in ids][-1]
+            assert torch.equal(logits, expected)
+            ids = [int(argmax_lowest(logits))]
+    finally:
+        session.device.close()
+
+
+def test_the_merge_needs_a_state_that_the_rtl_does_not_give(two_layers: Checkpoint) -> None:
+    with pytest.raises(
+        KVStrataError, match="gives no softmax state to merge, so device rtl takes placement engine or csd"
+    ):
+        open_session(two_layers, Setup("tiny", "rtl", "engine+csd", context=32))
+
+
+def test_a_drive_has_the_units_channels() -> None:
+    driver, controller = open_drive(Geometry(4, 2, 16, 16))
+    driver.config(0, SHAPE, 1)
+    k = np.zeros((2, 1, 64), np.float16)
+    driver.append(0, 0, 0, k, k)
+    with pytest.raises(KVStrataError, match="the unit has 2 flash channels; got a drive of 4"):
+        RtlUnit(CONFIG).attend(Job(k[0].repeat(3, 0), 1), HeadPages(controller.ftl, 0, 0, 0, 0))

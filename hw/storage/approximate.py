@@ -169,7 +169,9 @@ class AlphaUnit(wiring.Component):
     def _ratio(self, m, total, whole_sum, lane, whole, start, done):
         """alpha of one lane: total / whole_sum, Q16."""
         m.submodules.divider = divider = Divider(34, RECIPROCAL_BITS, RECIPROCAL_BITS, digits=1)
-        length = Signal(6)
+        # the lane stands still from the cycle before `start`
+        total, whole_sum = _registered(m, "picked_total", total), _registered(m, "picked_sum", whole_sum)
+        length, down, up = Signal(6), Signal(6), Signal(6)
         above, top = Signal(L_BITS), Signal(L_BITS)
         product = Signal(24 + RECIPROCAL_BITS)
         m.d.comb += [divider.i.p.n.eq((1 << 33) - 1), divider.i.p.d.eq(top[-RECIPROCAL_BITS:])]
@@ -178,9 +180,12 @@ class AlphaUnit(wiring.Component):
                 m.next = "length"
             with m.State("length"):
                 m.d.sync += length.eq(bit_length(whole_sum))
+                m.next = "amount"
+            with m.State("amount"):
+                m.d.sync += [down.eq(length - 24), up.eq(L_BITS - length)]
                 m.next = "shift"
             with m.State("shift"):
-                m.d.sync += [above.eq(total >> (length - 24)[:6]), top.eq(whole_sum << (L_BITS - length)[:6])]
+                m.d.sync += [above.eq(total >> down), top.eq(whole_sum << up)]
                 m.next = "divide"
             with m.State("divide"):
                 m.d.comb += divider.i.valid.eq(1)

@@ -86,13 +86,14 @@ class QueryUnit(wiring.Component):
         nan = special & (wide.frac != 0)
         biased = Mux(special, 255, Mux(wide.exp == 0, 0, wide.exp + 96))
         single = Cat(Mux(nan, Const(1 << 22, 23), Cat(Const(0, 13), wide.frac)), biased[:8], Const(0, 1))
+        tag_5 = _registered(m, "tag_5", tag_4)
         m.d.comb += [
-            sums.r[0].addr.eq(tag_3[2:9]),
+            sums.r[0].addr.eq(tag_4[2:9]),
             sums.r[0].en.eq(1),
-            add.a.eq(Mux(tag_4[9:] == 0, 0, sums.r[0].data)),
-            add.b.eq(single),
+            add.a.eq(Mux(tag_5[9:] == 0, 0, sums.r[0].data)),
+            add.b.eq(_registered(m, "single_5", single)),
         ]
-        summed = pipe(m, tag_4, Add32.latency, "summed")
+        summed = pipe(m, tag_5, Add32.latency, "summed")
         m.d.comb += [sums.w.addr.eq(summed[2:9]), sums.w.data.eq(add.o), sums.w.en.eq(summed[0])]
         m.d.comb += [
             select.i.valid.eq(summed[0] & (summed[9:] == self.queries)),

@@ -41,7 +41,10 @@ def channel_beats(q, k, channels, block):
     return beats
 
 
-@pytest.mark.parametrize(("head_size", "tokens", "r"), [(64, 75, 5), (128, 300, 3), (64, 16, 1)])
+@pytest.mark.parametrize(
+    ("head_size", "tokens", "r"),
+    [(64, 75, 5), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((128, 300, 3), (64, 16, 1)))],
+)
 def test_keys_probabilities_and_sum(head_size, tokens, r):
     rng = np.random.default_rng(tokens)
     q = (rng.normal(size=(LANES, head_size)) * 3).astype(np.float16)

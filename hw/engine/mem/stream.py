@@ -31,7 +31,9 @@ def stream(
 
     Raises KVStrataError with the harness's sentence for a wrong beat, an AXI violation or a hang.
     """
-    reader = partial(StripedReader, channels, addr_bits=CHANNEL_ADDR_BITS, data_bits=512, fifo_beats=fifo_beats)
+    reader = partial(
+        StripedReader, channels, addr_bits=CHANNEL_ADDR_BITS, data_bits=512, fifo_beats=fifo_beats
+    )
     design = emit(reader, "striped_reader")
     program = build_harness(
         design, [HARNESS], include_dirs=[HARNESS.parent], defines={"KV_CHANNELS": channels}

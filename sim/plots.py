@@ -51,9 +51,10 @@ def throughput_over_batch(results: Iterable[RunResult]) -> Figure:
     lines: dict[str, list[tuple[int, float]]] = {}
     for r in results:
         lines.setdefault(r.scheme, []).append((r.batch, r.tokens_per_s))
-    for scheme, points in lines.items():
+    for order, (scheme, points) in enumerate(lines.items()):
         batch, rate = zip(*sorted(points))
-        axes.plot(batch, rate, marker="o", label=scheme, color=_colour(scheme))
+        # The first on top: a scheme that falls back on it coincides with it as long as it fits.
+        axes.plot(batch, rate, marker="o", label=scheme, color=_colour(scheme), zorder=3 - 0.01 * order)
     axes.set(xscale="log", yscale="log", xlabel="batch (sequences)", ylabel="throughput (tokens/s)")
     powers_of_two(axes)
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize="small")
@@ -72,7 +73,7 @@ def powers_of_two(axes: Axes) -> None:
 
 def breakdown(results: Sequence[RunResult]) -> Figure:
     """Share of decode time by category, one bar per result."""
-    figure, axes = _figure(height=0.5 * len(results) + 1.6)
+    figure, axes = _figure(height=0.3 * len(results) + 1.5)
     names = [f"{r.scheme} ({r.model}, b{r.batch})" for r in results]
     left = [0.0] * len(results)
     for category, colour in CATEGORY_COLOURS.items():
@@ -82,7 +83,7 @@ def breakdown(results: Sequence[RunResult]) -> Figure:
             left = [a + b for a, b in zip(left, shares)]
     axes.set(xlabel="share of decode time", xlim=(0, 1))
     axes.invert_yaxis()
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3, fontsize="small")
+    figure.legend(loc="outside lower center", ncols=4, fontsize="small")
     return figure
 
 

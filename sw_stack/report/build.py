@@ -108,11 +108,15 @@ def _rtl(spoken: StageResult, engine: str, progress: Progress) -> StageResult:
 
 
 def _system(machine: str, progress: Progress) -> StageResult:
-    inputs = {"sources": source_key("sim", "sw_stack/chain/system.py"), "machine": _preset_text(machine)}
+    inputs = {
+        "sources": source_key("sim", "sw_stack/chain/system.py", "sw_stack/report/machine.py"),
+        "machine": _preset_text(machine),
+    }
 
     def produce(directory: Path) -> Mapping[str, Any]:
         from sim import plots
         from sim.timeline import perfetto
+        from sw_stack.report import machine as machines
         from sw_stack.report.page import svg
 
         results, refused = system.sweep(machine, progress)
@@ -123,6 +127,8 @@ def _system(machine: str, progress: Progress) -> StageResult:
             figure.axes[0].set_title(name)
             figures[f"throughput {name}"] = svg(figure)
         figures["breakdown"] = svg(plots.breakdown(chosen))
+        progress("published figures")
+        figures |= machines.figures(machine, results, chosen)
         (directory / "figures.json").write_text(json.dumps(figures))
         (directory / "timeline.json").write_text(json.dumps(perfetto(chosen[0])))
         return {
@@ -130,6 +136,7 @@ def _system(machine: str, progress: Progress) -> StageResult:
             "all": [_row(r) for r in results],
             "refused": refused,
             "assumptions": system.used_assumptions(chosen),
+            **machines.facts(results, chosen),
             "timeline_of": f"{chosen[0].scheme}, {chosen[0].model}, batch {chosen[0].batch}",
         }
 
@@ -174,7 +181,7 @@ def _write(summary: dict[str, Any], checked: StageResult, estimated: StageResult
     figures = {
         "timing": svg(draw(checked.result["timing"])),
         "throughput": "".join(text for name, text in stored.items() if name.startswith("throughput")),
-        "breakdown": stored["breakdown"],
+        **{name: text for name, text in stored.items() if not name.startswith("throughput")},
     }
     final = build_dir() / "report"
     final.parent.mkdir(parents=True, exist_ok=True)
@@ -183,12 +190,16 @@ def _write(summary: dict[str, Any], checked: StageResult, estimated: StageResult
     (work / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     (work / "index.html").write_text(render(_context(summary, figures), _links(summary)))
     shutil.copy(estimated.directory / "timeline.json", work / "timeline.json")
+    if (text := final / "rtl-text.json").is_file():
+        shutil.copy(text, work)  # `generate` on RTL wrote it: README quotes it, and it outlives a new report
     shutil.rmtree(final, ignore_errors=True)
     work.rename(final)
     return final
 
 
 def _context(summary: Mapping[str, Any], figures: Mapping[str, str]) -> dict[str, Any]:
+    from sw_stack.report.machine import sections
+
     timeline = summary["system"]["timeline_of"]
     refused = [
         f"{r['model']} by {r['scheme']} from batch {r['batch']}: {r['reason']}"
@@ -212,7 +223,7 @@ def _context(summary: Mapping[str, Any], figures: Mapping[str, str]) -> dict[str
             "breakdown": "Share of decode time by category, at the batch of the table.",
         },
         "timeline": timeline,
-        "extras": [],
+        "extras": sections(summary["system"], figures),
     }
 
 

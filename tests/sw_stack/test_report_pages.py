@@ -55,3 +55,41 @@ def test_the_committed_benchmark_page_holds_every_area() -> None:
     page = (README.parent / "docs" / "benchmarks.md").read_text()
     assert "## sim" in page
     assert "`sim.reproduce.mean_abs_error_pct`" in page
+
+
+def test_the_report_says_why_bandwidths_are_low_and_what_was_published() -> None:
+    from sim.api import simulate
+    from sim.describe.workload import Workload
+    from sw_stack.report import machine
+
+    results = [
+        simulate("reference", "opt-13b", s, Workload(batch=4)) for s in ("csd-sparf", "flexgen-ssd", "fpga")
+    ]
+    told = machine.facts(results, results)
+    drawn = machine.figures("reference", results, results)
+    found = machine.sections(told, drawn)
+    assert [s["title"] for s in found] == [
+        "Why is a bandwidth this low?", "Energy, cost and lifetime", "Published and modelled", "Other systems",
+    ]  # fmt: skip
+    assert set(drawn) == {"pareto", "roofline", "utilisation"}
+    flash = next(b for b in told["bandwidths"] if b["what"] == "csd flash")
+    assert flash["binding"] == "flash array"
+    assert flash["limits"].startswith("flash array")
+    assert {"gpu", "host"} <= {a["device"].split("/")[0] for a in results[1].assumptions}
+    for section in found:
+        for row in section["rows"]:
+            assert all(
+                column.text(row)
+                for column in section["columns"]
+                if column.title not in ("Flash life, years", "Busy")
+            )
+    assert "contradict" in found[2]["text"]
+
+
+def test_a_machine_without_a_gpu_has_no_roofline() -> None:
+    from sim.api import simulate
+    from sim.describe.workload import Workload
+    from sw_stack.report import machine
+
+    results = [simulate("u280", "llama-2-7b", "fpga", Workload(batch=1))]
+    assert "roofline" not in machine.figures("u280", results, results)

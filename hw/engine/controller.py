@@ -13,7 +13,9 @@ from hw.engine.queue import PC_BITS, UnitQueue
 from hw.lib.streams import connect
 from hw.lib.tokens import TokenNetwork
 
-TOKENS = 15
+TOKENS = 127
+"""Of one dependency counter. A decode step may append the K and V of every KV head before the first key is loaded; a
+full counter would then hold the appends that its own consumer waits behind."""
 HOST_ADDR_BITS = 6
 EVENTS = (
     Counter.ARRAY_STEPS,

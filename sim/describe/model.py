@@ -1,4 +1,4 @@
-"""Decoder shapes: presets, or any Hugging Face `config.json` of an OPT-, Llama-, Qwen2- or Mixtral-like model.
+"""Decoder shapes: presets, or any Hugging Face `config.json` of a decoder.
 
 Letters: L layers, h hidden size, H query heads, Hkv KV heads, dh head size, F FFN width, V vocabulary.
 """
@@ -113,39 +113,80 @@ def _from_config(path: Path) -> Model:
         raise ConfigError(f"model config {path} does not exist") from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"model config {path} is not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"model config {path} must hold a JSON object, got {type(config).__name__}")
     family = config.get("model_type", "")
-    known = ("opt", "llama", "qwen2", "mistral", "mixtral")
-    if family not in known:
+    if family in OTHER_SHAPES or config.get("is_encoder_decoder") or config.get("kv_lora_rank"):
         raise ConfigError(
-            f"model config {path}: model_type must be one of {', '.join(known)}, got {family!r}"
+            f"model config {path}: model_type must be a decoder whose layers all cache keys and values per head, "
+            f"got {family!r}"
         )
-    missing = [
-        k
-        for k in ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
-        if k not in config
-    ]
-    if missing:
-        raise ConfigError(f"model config {path}: field {missing[0]} is required and missing")
-    return build(Model, _fields(config, family, path), f"model config {path}")
+    found = {name: _first(config, keys) for name, keys in SPELLINGS.items()}
+    if missing := [name for name in REQUIRED if found[name] is None]:
+        spelt = " or ".join(SPELLINGS[missing[0]])
+        raise ConfigError(f"model config {path}: field {spelt} is required and missing")
+    return build(Model, _fields(config, found, path), f"model config {path}")
 
 
-def _fields(config: dict[str, Any], family: str, path: Path) -> dict[str, Any]:
-    opt, heads, hidden = family == "opt", config["num_attention_heads"], config["hidden_size"]
-    positions = config.get("max_position_embeddings", 2048)
+SPELLINGS = {
+    "layers": ("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
+    "hidden": ("hidden_size", "n_embd", "d_model"),
+    "heads": ("num_attention_heads", "n_head", "n_heads"),
+    "kv_heads": ("num_key_value_heads", "num_kv_heads", "multi_query_group_num", "n_head_kv"),
+    "head_size": ("head_dim", "kv_channels"),
+    "ffn": ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "d_ff"),
+    "vocabulary": ("vocab_size", "padded_vocab_size"),
+    "positions": ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len"),
+    "experts": ("num_local_experts", "num_experts", "n_routed_experts"),
+    "experts_per_token": ("num_experts_per_tok", "moe_top_k", "num_experts_per_token"),
+    "expert_ffn": ("moe_intermediate_size",),
+}
+"""Names that published configurations give to the same thing."""
+OTHER_SHAPES = (
+    "mamba",
+    "mamba2",
+    "falcon_mamba",
+    "rwkv",
+    "jamba",
+    "bert",
+    "roberta",
+    "t5",
+    "bart",
+    "whisper",
+)
+"""Families without a cache of keys and values per head in every layer: refused, for their numbers would be wrong."""
+REQUIRED = ("layers", "hidden", "heads", "vocabulary")
+NOT_GATED = ("opt", "gpt2", "gpt_neox", "gptj", "gpt_bigcode", "bloom", "falcon", "phi", "mpt", "starcoder2")
+"""Families whose FFN has two matrices; all others in use have a gate."""
+LEARNED_POSITIONS = ("opt", "gpt2", "gpt_bigcode")
+
+
+def _first(config: dict[str, Any], keys: tuple[str, ...]) -> int | None:
+    return next((config[k] for k in keys if config.get(k) is not None), None)
+
+
+def _fields(config: dict[str, Any], found: dict[str, int | None], path: Path) -> dict[str, Any]:
+    family, heads, hidden = config.get("model_type", ""), found["heads"], found["hidden"]
+    assert isinstance(heads, int)
+    assert isinstance(hidden, int)
+    experts, positions = found["experts"] or 1, found["positions"] or 2048
+    one_kv_head = config.get("multi_query") and not config.get("new_decoder_architecture")
+    ffn = (found["expert_ffn"] if experts > 1 else None) or found["ffn"] or 4 * hidden
+    learned = positions + (2 if family == "opt" else 0) if family in LEARNED_POSITIONS else 0
     return {
         "name": path.parent.name or path.stem,
-        "layers": config["num_hidden_layers"],
+        "layers": found["layers"],
         "hidden": hidden,
         "heads": heads,
-        "kv_heads": config.get("num_key_value_heads", heads),
-        "head_size": config.get("head_dim") or hidden // heads,
-        "ffn": config["ffn_dim"] if opt else config["intermediate_size"],
-        "vocabulary": config["vocab_size"],
+        "kv_heads": found["kv_heads"] or (1 if one_kv_head else heads),
+        "head_size": found["head_size"] or hidden // heads,
+        "ffn": ffn,
+        "vocabulary": found["vocabulary"],
         "max_positions": positions,
-        "gated": not opt,
-        "tied_embeddings": config.get("tie_word_embeddings", opt),
-        "biases": opt or family == "qwen2",
-        "experts": config.get("num_local_experts", 1),
-        "experts_per_token": config.get("num_experts_per_tok", 1),
-        "prefix_positions": positions + 2 if opt else 0,
+        "gated": family not in NOT_GATED,
+        "tied_embeddings": config.get("tie_word_embeddings", family in LEARNED_POSITIONS),
+        "biases": family in (*LEARNED_POSITIONS, "qwen2"),
+        "experts": experts,
+        "experts_per_token": found["experts_per_token"] or 1,
+        "prefix_positions": learned,
     }

@@ -109,7 +109,7 @@ def test_a_config_json_gives_the_preset_shape(tmp_path):
     path.write_text(json.dumps(config))
     assert load_model(path).parameters == load_model("llama-2-7b").parameters
     path.write_text(json.dumps({**config, "model_type": "mamba"}))
-    with pytest.raises(ConfigError, match="model_type must be one of .*, got 'mamba'"):
+    with pytest.raises(ConfigError, match="caches? keys and values per head, got 'mamba'"):
         load_model(path)
     path.write_text("{")
     with pytest.raises(ConfigError, match="is not valid JSON"):
@@ -140,3 +140,53 @@ def test_engines_of_this_repository_have_the_width_that_the_spec_builds(preset, 
     fpga, built = load(Fpga, preset), ENGINE_CONFIGS[config]
     assert fpga.macs_per_cycle == built.macs_per_cycle
     assert fpga.port_bytes_per_cycle == 64 * built.channels
+
+
+@pytest.mark.parametrize(
+    ("config", "parameters", "kv_heads"),
+    [
+        # Published sizes, of Qwen2.5-7B, Qwen3-8B, Gemma-7B, GPT-2 XL, Falcon-7B, Phi-2 and Mixtral-8x7B.
+        ({"model_type": "qwen2", "num_hidden_layers": 28, "hidden_size": 3584, "num_attention_heads": 28,
+          "num_key_value_heads": 4, "intermediate_size": 18944, "vocab_size": 152064}, 7.62e9, 4),
+        ({"model_type": "qwen3", "num_hidden_layers": 36, "hidden_size": 4096, "num_attention_heads": 32,
+          "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 12288, "vocab_size": 151936}, 8.19e9, 8),
+        ({"model_type": "gemma", "num_hidden_layers": 28, "hidden_size": 3072, "num_attention_heads": 16,
+          "num_key_value_heads": 16, "head_dim": 256, "intermediate_size": 24576, "vocab_size": 256000,
+          "tie_word_embeddings": True}, 8.54e9, 16),
+        ({"model_type": "gpt2", "n_layer": 48, "n_embd": 1600, "n_head": 25, "n_positions": 1024,
+          "vocab_size": 50257}, 1.56e9, 25),
+        ({"model_type": "falcon", "num_hidden_layers": 32, "hidden_size": 4544, "num_attention_heads": 71,
+          "multi_query": True, "vocab_size": 65024, "tie_word_embeddings": True}, 6.92e9, 1),
+        ({"model_type": "phi", "num_hidden_layers": 32, "hidden_size": 2560, "num_attention_heads": 32,
+          "intermediate_size": 10240, "vocab_size": 51200}, 2.78e9, 32),
+        ({"model_type": "mixtral", "num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32,
+          "num_key_value_heads": 8, "intermediate_size": 14336, "num_local_experts": 8, "num_experts_per_tok": 2,
+          "vocab_size": 32000}, 46.7e9, 8),
+    ],
+    ids=lambda value: value.get("model_type") if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_configs_of_many_families_give_their_published_size(tmp_path, config, parameters, kv_heads):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    model = load_model(path)
+    assert model.parameters == pytest.approx(parameters, rel=0.01)
+    assert model.kv_heads == kv_heads
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            '{"model_type": "llama", "hidden_size": 64}',
+            "num_hidden_layers or n_layer .*is required and missing",
+        ),
+        ('{"model_type": "deepseek_v3", "kv_lora_rank": 512}', "keys and values per head, got 'deepseek_v3'"),
+        ("[1]", "must hold a JSON object, got list"),
+        ("{", "is not valid JSON"),
+    ],
+)
+def test_a_config_that_is_no_such_decoder_is_refused(tmp_path, text, message):
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_model(path)

@@ -22,7 +22,7 @@ from sw_stack.device.state import EngineState
 from sw_stack.pack.image import Image
 
 Fields = dict[str, int]
-TOKEN_LIMIT = 15
+TOKEN_LIMIT = 127
 """A dependency counter holds this many tokens; a unit that would give one more waits."""
 
 

@@ -1,0 +1,38 @@
+"""The resource table of docs/storage.md is what Yosys gives, and within what the published unit takes."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tools.bench import storage
+
+PAGE = Path(__file__).parents[3] / "docs" / "storage.md"
+
+
+def table():
+    """{(row, source): (LUT, FF, BRAM, DSP)} of the documentation."""
+    rows = re.findall(
+        r"^\| (.+?) \| (.+?) \| ([\d,]+) \| ([\d,]+) \| ([\d.]+) \| (\d+) \|$", PAGE.read_text(), re.M
+    )
+    return {
+        (row, source): (int(lut.replace(",", "")), int(ff.replace(",", "")), float(bram), int(dsp))
+        for row, source, lut, ff, bram, dsp in rows
+    }
+
+
+def test_the_whole_unit_takes_no_more_than_the_published_one():
+    rows = table()
+    ours, published = rows["sum", "here"], rows["sum", "published"]
+    assert all(a <= b for a, b in zip(ours, published))
+    assert published == tuple(storage.PUBLISHED[name] for name in ("lut", "ff", "bram", "dsp"))
+    for source in ("here", "published"):
+        parts = [values for (row, origin), values in rows.items() if origin == source and row != "sum"]
+        assert tuple(map(sum, zip(*parts))) == rows["sum", source]
+
+
+@pytest.mark.slow
+def test_the_table_is_what_synthesis_gives():
+    rows = table()
+    for row, found in storage.resource_groups().items():
+        assert rows[row, "here"] == (found.lut, found.ff, found.bram, found.dsp), row

@@ -406,18 +406,20 @@ class Dma:
         return math.ceil(moved)
 
     def _write(self, posted: int, rows: list[list[int]], count: int) -> int:
-        """A burst starts when all its beats are in the write buffer and the last beat of the one before leaves it.
+        """A burst starts when all its beats are in the write buffer, the one before has its address taken and sends its
+        last beat.
 
         The port changes owner in a cycle of its own, unless an answer is still to come.
         """
-        moved, sent, answered = posted + WRITE_GATHER - 1, 0, -1
+        moved, taken, sent, answered = posted + WRITE_GATHER - 1, 0, 0, -1
         for beats_of in rows:
             left = count
             for beats in beats_of:
                 here = min(left, beats * self._ratio)
                 left, moved = left - here, moved + here
-                address = max(moved + 1, sent) + ADDRESS
-                sent = address + (address > answered) + beats - 1
+                address = max(moved + 1, sent, taken + 1) + ADDRESS
+                taken = address + (address > answered)
+                sent = taken + beats - 1
                 answered = sent + self._memory.write_latency_cycles
         return answered
 

@@ -87,7 +87,12 @@ def pack_model(
     target = Path(directory)
     work = target.with_name(f"{target.name}.partial-{os.getpid()}")
     shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
+    try:
+        work.mkdir(parents=True)
+    except OSError as error:
+        raise KVStrataError(
+            f"images go to a directory that can be made; {target} cannot: {error.strerror}"
+        ) from error
     try:
         size = memory_map.channel_words * WORD_BYTES
         files = [_create(work / channel_file(c), size) for c in range(memory_map.engine.channels)]

@@ -56,6 +56,11 @@ class Setup:
         ):
             if value not in known:
                 raise KVStrataError(f"{what} is one of {', '.join(known)}; got {value!r}")
+        if self.device == "rtl" and self.placement == "engine+csd":
+            raise KVStrataError(
+                "the in-storage unit's RTL gives no softmax state to merge, so device rtl takes placement engine or "
+                f"csd; got {self.placement!r}"
+            )
         if self.sparsity and self.placement != "csd":
             raise KVStrataError(f"sparse attention needs placement csd; got {self.placement!r}")
 
@@ -134,11 +139,6 @@ def _unit(setup: Setup, queries: int) -> AttentionUnit | None:
     from sw_stack.drive.rtl_unit import RtlUnit
     from sw_stack.rtl.storage import UnitConfig
 
-    if setup.placement != "csd":
-        raise KVStrataError(
-            f"the in-storage unit's RTL gives no softmax state to merge, so device rtl takes placement engine or csd; "
-            f"got {setup.placement!r}"
-        )
     return RtlUnit(UnitConfig(RTL_FLASH_CHANNELS, queries, max(1024, 1 << (setup.context - 1).bit_length())))
 
 

@@ -87,11 +87,11 @@ def test_text_with_attention_in_storage_on_rtl(smollm2: Checkpoint, sparsity: Sp
         session.device.close()
 
 
-def test_the_merge_needs_a_state_that_the_rtl_does_not_give(two_layers: Checkpoint) -> None:
+def test_the_merge_needs_a_state_that_the_rtl_does_not_give() -> None:
     with pytest.raises(
         KVStrataError, match="gives no softmax state to merge, so device rtl takes placement engine or csd"
     ):
-        open_session(two_layers, Setup("tiny", "rtl", "engine+csd", context=32))
+        Setup("tiny", "rtl", "engine+csd", context=32)
 
 
 def test_a_drive_has_the_units_channels() -> None:

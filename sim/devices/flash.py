@@ -13,6 +13,7 @@ C channels, n dies per channel, p planes read together, P page bytes, tcmd comma
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 from sim.describe.devices import Flash
 from sim.devices.limits import Bandwidth
@@ -76,13 +77,21 @@ def read_limits(flash: Flash) -> Bandwidth:
     return Bandwidth("flash read", limits)
 
 
-def expected_excess(bins: int, balls: float) -> float:
-    """Expected (max - mean) / mean of `balls` thrown into `bins`: the normal approximation of the fullest bin.
+MANY = 40
+"""Mean load from which the fullest bin is taken from the normal approximation."""
 
-    z is the mean maximum of `bins` standard normals (Gumbel limit); 0 for a single bin.
+
+def expected_excess(bins: int, balls: float) -> float:
+    """Expected (max - mean) / mean of `balls` thrown into `bins`; 0 for a single bin.
+
+    Loads of few balls are summed (bins as independent binomials, the fullest holding at least one); those of many
+    follow the mean maximum of `bins` standard normals (Gumbel limit).
     """
     if bins < 2 or balls <= 0:
         return 0.0
+    mean = balls / bins
+    if mean <= MANY:
+        return max(0.0, _fullest(bins, max(1, round(balls))) / mean - 1)
     root = math.sqrt(2 * math.log(bins))
     z = (
         root - (math.log(math.log(bins)) + math.log(4 * math.pi)) / (2 * root) + 0.5772 / root
@@ -90,6 +99,34 @@ def expected_excess(bins: int, balls: float) -> float:
         else 0.7
     )
     return z * math.sqrt(bins / balls)
+
+
+@lru_cache(maxsize=4096)
+def _fullest(bins: int, balls: int) -> float:
+    """Expected load of the fullest of `bins` after `balls` throws."""
+    share, total, load = 1 / bins, 1.0, 0
+    term = (1 - share) ** balls
+    below = term
+    while load < balls:
+        load += 1
+        term *= (balls - load + 1) / load * share / (1 - share)
+        below += term
+        beyond = 1 - min(below, 1.0) ** bins
+        total += beyond
+        if beyond < 1e-6 and load > balls * share:
+            break
+    return total
+
+
+def start_s(flash: Flash, limits: Bandwidth, size_bytes: float) -> float:
+    """What the first page adds to a read that `limits` let through: nothing where dies bind, for they sense all the
+    while, and up to command and sense where the channel does."""
+    array, channel = (
+        max(size_bytes / (v * 1e9) for k, v in limits.limits.items() if (" array" in k) == on)
+        for on in (True, False)
+    )
+    sensed = (flash.command_us + sense_us(flash)) * 1e-6
+    return min(sensed, max(0.0, sensed + channel - max(array, channel)))
 
 
 def scattered_limits(flash: Flash, pages: float, drives: int = 1) -> Bandwidth:

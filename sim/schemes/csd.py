@@ -16,7 +16,7 @@ from sim.describe.devices import Csd
 from sim.describe.model import FP16_BYTES
 from sim.devices.csd import AttentionUnit, KvReads, attention_unit
 from sim.devices.drive import write_bandwidth
-from sim.devices.flash import first_page_us, program_load, read_limits, scattered_limits
+from sim.devices.flash import program_load, read_limits, scattered_limits, start_s
 from sim.devices.flash_pages import scattered, stream
 from sim.devices.limits import Bandwidth
 from sim.result import Residency
@@ -124,6 +124,11 @@ class CsdDense(GpuScheme):
         """Bytes/s that a read of this size can reach; dense reads are striped evenly."""
         return math.inf
 
+    def array_limits(self, size_bytes: float) -> Bandwidth:
+        """Limits of dies and channels on a read of this size, all drives together."""
+        even = read_limits(self.csd)
+        return Bandwidth(even.what, {k: v * self.machine.csd_count for k, v in even.limits.items()})
+
     def reads(self, context: int) -> KvReads:
         """What one layer's attention reads and computes over all drives in a step."""
         w, m = self.workload, self.model
@@ -165,7 +170,7 @@ class CsdDense(GpuScheme):
     def attend(self, graph: Graph, context: int, sent: int) -> list[int]:
         """Flash reads and the unit's work of one layer; returns what the outputs wait for."""
         reads, unit = self.reads(context), self.unit
-        ramp = first_page_us(self.csd) * 1e-6
+        ramp = start_s(self.csd, self.array_limits(reads.size_bytes), reads.size_bytes)
         cap = self.read_rate_cap(reads.size_bytes)
         read = graph.move("read kv", "kv access", ("csd flash",), reads.size_bytes, [sent], cap, ramp)
         count = self.machine.csd_count
@@ -216,9 +221,10 @@ class CsdSparf(CsdDense):
         return sum(r.seconds for r in runs) / draws
 
     def read_rate_cap(self, size_bytes: float) -> float:
-        return scattered_limits(
-            self.csd, size_bytes / self.csd.page_bytes, self.machine.csd_count
-        ).bytes_per_s
+        return self.array_limits(size_bytes).bytes_per_s
+
+    def array_limits(self, size_bytes: float) -> Bandwidth:
+        return scattered_limits(self.csd, size_bytes / self.csd.page_bytes, self.machine.csd_count)
 
     def numerics(self) -> str:
         return f"float/float/float/sparf:{self.marked_channels},{self.workload.sparsity:g}"

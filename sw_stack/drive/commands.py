@@ -7,7 +7,8 @@ The dataclasses hold values as a driver thinks of them; `encode` and `decode` go
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import ClassVar
 
 from golden.spec.nvme import (
@@ -16,6 +17,7 @@ from golden.spec.nvme import (
     SQE_BYTES,
     SQE_COMMON,
     SQE_FIELDS,
+    Field,
     Opcode,
 )
 from sw_stack.drive.errors import InvalidCommand
@@ -128,37 +130,44 @@ class Completion:
     phase: int
 
 
+def _entry(size: int, *parts: tuple[Mapping[str, Field], Mapping[str, int]]) -> bytes:
+    """A queue entry of `size` bytes from fields and their values; KVStrataError names a value that does not fit."""
+    dwords = [0] * (size // 4)
+    for table, values in parts:
+        for name, value in values.items():
+            table[name].put(dwords, value, name)
+    return struct.pack(f"<{len(dwords)}I", *dwords)
+
+
+def _values(entry: bytes, table: Mapping[str, Field]) -> dict[str, int]:
+    dwords = struct.unpack(f"<{len(entry) // 4}I", entry)
+    return {name: field.get(dwords) for name, field in table.items()}
+
+
 def encode(submission: Submission) -> bytes:
     """The 64 bytes of a submission entry; KVStrataError names a field that does not fit."""
-    dwords = [0] * (SQE_BYTES // 4)
     command = submission.command
     values = {"opcode": int(command.opcode), "cid": submission.cid, "nsid": 1}
     for name in ("prp1", "prp2"):
         pointer = getattr(submission, name)
         values |= {f"{name}_lo": pointer & 0xFFFFFFFF, f"{name}_hi": pointer >> 32}
-    for name, value in values.items():
-        SQE_COMMON[name].put(dwords, value, name)
-    for name, field in SQE_FIELDS[command.opcode].items():
-        field.put(dwords, getattr(command, name), name)
-    return struct.pack("<16I", *dwords)
+    table = SQE_FIELDS[command.opcode]
+    return _entry(SQE_BYTES, (SQE_COMMON, values), (table, {name: getattr(command, name) for name in table}))
 
 
 def decode(entry: bytes) -> Submission:
     """Inverse of `encode`; InvalidCommand on an opcode that the drive does not know."""
-    dwords = struct.unpack("<16I", entry)
-    common = {name: field.get(dwords) for name, field in SQE_COMMON.items()}
+    common = _values(entry, SQE_COMMON)
     cls = COMMANDS.get(common["opcode"])
     if cls is None:
         raise InvalidCommand(common["opcode"])
-    table = SQE_FIELDS[cls.opcode]
-    command = cls(**{f.name: table[f.name].get(dwords) for f in fields(cls)})
+    command = cls(**_values(entry, SQE_FIELDS[cls.opcode]))
     prp1, prp2 = (common[f"{p}_hi"] << 32 | common[f"{p}_lo"] for p in ("prp1", "prp2"))
     return Submission(command, common["cid"], prp1, prp2)
 
 
 def encode_completion(completion: Completion) -> bytes:
     """The 16 bytes of a completion entry; a failed command is not to be retried as it is."""
-    dwords = [0] * (CQE_BYTES // 4)
     values = {
         "result": completion.result,
         "detail": completion.detail,
@@ -170,14 +179,11 @@ def encode_completion(completion: Completion) -> bytes:
         "status_type": completion.status >> 8,
         "retry_not": int(completion.status != 0),
     }
-    for name, value in values.items():
-        CQE_FIELDS[name].put(dwords, value, name)
-    return struct.pack("<4I", *dwords)
+    return _entry(CQE_BYTES, (CQE_FIELDS, values))
 
 
 def decode_completion(entry: bytes) -> Completion:
     """Inverse of `encode_completion`."""
-    dwords = struct.unpack("<4I", entry)
-    v = {name: field.get(dwords) for name, field in CQE_FIELDS.items()}
+    v = _values(entry, CQE_FIELDS)
     status = v["status_type"] << 8 | v["status_code"]
     return Completion(v["cid"], status, v["result"], v["detail"], v["sq_id"], v["sq_head"], v["phase"])

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from golden.spec import KVStrataError
-from sim.api import scheme_names, simulate
+from sim.api import FIDELITIES, scheme_names, simulate
 from sim.describe.base import listed
 from sim.describe.workload import Workload
 
@@ -44,3 +44,37 @@ def test_runs_are_consistent_and_refusals_are_sentences(calibration, block):
         assert bound.tokens_per_s >= flow.tokens_per_s * (1 - 1e-9)
     assert ran >= 10
     assert all("\n" not in text for text in refusals)
+
+
+CHANGES = {
+    "csd_count": [1, 2, 4], "ssd_count": [1, 4], "gpu_count": [1, 2], "drive_uplink": ["pcie3-x4", "pcie4-x16"],
+    "csd.cache_read": [False, True], "csd.dies_per_channel": [2, 4, 8, 16, 32], "csd.channels": [1, 4, 8, 16],
+    "csd.retry_rate": [0.0, 0.003], "csd.program_us": [65.0, 700.0], "csd.planes_per_die": [1, 2, 4],
+    "csd.buffer_gb": [64.0], "framework.disk_copy_threads": [1, 4, 16], "framework.gpu_batches": [1, 2],
+    "framework.kv_gpu_percent": [0.0, 50.0], "framework.weights_gpu_percent": [0.0, 100.0],
+    "framework.cpu_attention": [False, True], "framework.layer_overhead_us": [20.0, 630.0],
+}  # fmt: skip
+ON_FLASH = ("csd-dense", "csd-sparf", "flexgen-ssd", "flexgen-gds", "flexgen-sparq", "fpga+csd")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+def test_bounds_hold_between_all_fidelities_for_any_drive(seed):
+    rng, ran = random.Random(seed), 0
+    while ran < 60:
+        machine = rng.choice(["reference", "instinfer", "h100-server", "a100-server", "flexgen"])
+        model = rng.choice(["opt-13b", "llama-2-7b", "llama-3.1-8b", "qwen2.5-7b", "opt-30b", "mixtral-8x7b"])
+        scheme, sizes = rng.choice(ON_FLASH), ([1, 3, 8, 32, 64], [40, 300, 1024, 1800], [4, 64, 200])
+        batch, prompt, output = (rng.choice(s) for s in sizes)
+        work = Workload(
+            batch=batch, input_tokens=prompt, output_tokens=output, sparsity=rng.choice([0.03, 0.125, 0.5])
+        )
+        changes = {k: rng.choice(v) for k, v in CHANGES.items() if rng.random() < 0.35}
+        try:
+            rates = [simulate(machine, model, scheme, work, f, changes).tokens_per_s for f in FIDELITIES]
+        except KVStrataError:
+            continue
+        ran += 1
+        bound, flow, page = rates
+        assert flow >= 0.95 * page, (machine, model, scheme, work, changes)
+        assert bound >= flow * (1 - 1e-9), (machine, model, scheme, work, changes)

@@ -105,3 +105,24 @@ def matrix_cycles(config: EngineConfig, product: Product) -> int:
             entered = max(entered + vectors, emitted + 1, start)
         left.append(max(entered + vectors - 1 + DRAIN_START, left[-1] + 1) + drain - 1)
     return left[-1] + DRAIN_END + 1
+
+
+def systolic_cycles(size: int, rows: int, inner: int, vectors: int) -> int:
+    """Cycles of a plain output-stationary systolic array of `size` x `size` for `vectors` x `inner` x `rows`.
+
+    The closed form of SCALE-Sim: ceil(M / R) ceil(N / C) (K + R + C - 2) - 1.
+    """
+    return -(-vectors // size) * -(-rows // size) * (inner + 2 * size - 2) - 1
+
+
+def systolic_utilisation(size: int, rows: int, inner: int, vectors: int) -> float:
+    """Multiply-accumulates done over those that `systolic_cycles` has room for."""
+    return vectors * rows * inner / (size * size * systolic_cycles(size, rows, inner, vectors))
+
+
+def array_utilisation(
+    config: EngineConfig, stream: StreamFormat, rows: int, inner: int, vectors: int
+) -> float:
+    """The same of this engine's array: steps over `matrix_cycles`, with a word per cycle and channel."""
+    blocks, steps = -(-rows // config.lanes), -(-inner // stream.codes.step)
+    return blocks * steps * vectors / matrix_cycles(config, Product(stream, blocks, steps, vectors))

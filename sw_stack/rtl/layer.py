@@ -166,7 +166,7 @@ def predict(
         memory_map = MemoryMap(
             LlamaConfig(**{**vars(model), "layers": layers}), engine, weights, "kv4", model.context
         )
-        programs = compile_model(memory_map, [(0, 1 << 20)] * (2 * layers + 1), 1)
+        programs = compile_model(memory_map, ((0, 1 << 20),) * (2 * layers + 1), 1)
         registers = _registers(memory_map)
         decode = programs.programs["decode"]
         cycles.append(schedule(decode, engine, registers, timing).cycles)

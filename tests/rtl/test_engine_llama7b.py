@@ -17,8 +17,8 @@ pytestmark = pytest.mark.rtl
 
 FIXED = MemoryModel("fixed", latency_cycles=20)
 HBM = MemoryModel()
-HBM_TOLERANCE = 0.05
-"""The prediction spreads refresh evenly; a run meets it as it falls. What it misses most is a short program's share."""
+NARROW_TOLERANCE, WHOLE_TOLERANCE = 0.05, 0.02
+"""Behind the HBM model: the prediction spreads refresh evenly, and a short run notices where it falls."""
 
 
 def on_rtl(layer, memory, hidden):
@@ -29,7 +29,7 @@ def on_rtl(layer, memory, hidden):
         device.close()
 
 
-def check(layer, memories):
+def check(layer, memories, tolerance):
     """Equal bits on every memory; cycles equal to the prediction at a fixed latency."""
     engine, program = layer.map.engine, layer.programs.programs["decode"]
     hidden = random_hidden(layer.map.model)
@@ -42,17 +42,17 @@ def check(layer, memories):
         if memory is FIXED:
             assert run.cycles == predicted
         else:
-            assert run.cycles == pytest.approx(predicted, rel=HBM_TOLERANCE)
+            assert run.cycles == pytest.approx(predicted, rel=tolerance)
 
 
 @pytest.mark.parametrize("weights", ["w4", "w2s24"])
 def test_a_narrow_layer_is_exact_and_as_long_as_predicted(tmp_path, weights):
     shape = dataclasses.replace(llama_2_7b(context=96), hidden=256, heads=2, kv_heads=2, ffn=512)
-    check(random_layer(tmp_path / "image", shape, TINY, weights), (FIXED, HBM))
+    check(random_layer(tmp_path / "image", shape, TINY, weights), (FIXED, HBM), NARROW_TOLERANCE)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("weights", ["w4", "w2s24"])
 def test_the_whole_layer_is_exact_and_as_long_as_predicted(tmp_path, weights):
     """True widths, 32 heads, 1,024 slots, behind the HBM model."""
-    check(random_layer(tmp_path / "image", llama_2_7b(), SMALL, weights), (HBM,))
+    check(random_layer(tmp_path / "image", llama_2_7b(), SMALL, weights), (HBM,), WHOLE_TOLERANCE)

@@ -44,9 +44,8 @@ def with_hardware_text(page: str, run: Mapping[str, Any]) -> str:
 def hardware_text(run: Mapping[str, Any]) -> str:
     """Prompt, text, what was equal, cycles, and the command that writes it again."""
     setup, cycles = run["setup"], run["cycles"]
-    memory = (
-        f"a memory latency of {setup['memory']} cycles" if setup["memory"].isdecimal() else setup["memory"]
-    )
+    named = {"hbm": "the HBM model", "random": "a memory that answers at random"}
+    memory = named.get(setup["memory"], f"a memory latency of {setup['memory']} cycles")
     command = (
         f"kvstrata generate --device rtl --engine {setup['engine']} --weights {setup['weights']} --kv {setup['kv']} "
         f"--context {setup['context']} --memory {setup['memory']}{'' if run['chat'] else ' --raw'} "

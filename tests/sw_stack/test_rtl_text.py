@@ -138,10 +138,10 @@ def made(device: str = "rtl") -> dict[str, object]:
 
 
 def test_readme_shows_checked_text_of_the_rtl_alone() -> None:
-    page = f"x\n{HARDWARE_TEXT[0]}\nold\n{HARDWARE_TEXT[1]}\ny"
+    page = f"x\n{HARDWARE_TEXT[0]}\nstale\n{HARDWARE_TEXT[1]}\ny"
     shown = with_hardware_text(page, json.loads(json.dumps(made())))
     assert "> a **b**" in shown
-    assert "old" not in shown
+    assert "stale" not in shown
     assert "--device rtl" in shown
     with pytest.raises(KVStrataError, match="got device 'golden', checked True"):
         with_hardware_text(page, made("golden"))

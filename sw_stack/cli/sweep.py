@@ -47,6 +47,8 @@ def command(
     axes = [*sweep.axes(), *sweep.range]
     if verify:
         found = [measure(c) for c in track(configurations(best, axes), "Measuring on RTL")]
+        if not found:
+            note("no Pareto point names an engine or a computational drive")
         show_rows("Hardware of the Pareto points on RTL", found, as_json)
         return
     if as_json:

@@ -2,8 +2,11 @@
 
 from pathlib import Path
 
+import pytest
+
 from golden.spec.engine import U280, weight_stream
 from golden.spec.formats import WEIGHT_FORMATS
+from hw.engine.compose import DSP_BUDGET, compose
 from hw.timing import array_utilisation, systolic_utilisation
 
 PAGE = (Path(__file__).resolve().parents[3] / "docs" / "engine.md").read_text()
@@ -35,3 +38,17 @@ def test_a_systolic_array_uses_what_its_closed_form_says():
     """The published utilisations of a 128 x 128 array at one vector and at sixteen."""
     assert round(100 * systolic_utilisation(SIZE, ROWS, INNER, 1), 2) == 0.74
     assert round(100 * systolic_utilisation(SIZE, ROWS, INNER, 16), 1) == 11.8
+
+
+@pytest.mark.slow
+def test_the_resource_table_is_what_synthesis_gives():
+    """And the engine fits its board: DSPs as published, memories inside the device."""
+    total = compose(U280)["total"]
+    for name, value in (("LUT", total.lut), ("DSP", total.dsp), ("FF", total.ff), ("URAM", total.uram)):
+        assert f"| {name} | {value:,} |" in PAGE, (name, value)
+    assert f"| BRAM36 | {total.bram:g} |" in PAGE
+    assert f"| logic levels | {total.logic_levels} |" in PAGE
+    assert total.dsp <= DSP_BUDGET
+    assert total.latches == 0
+    assert total.bram <= 2016
+    assert total.uram <= 960

@@ -173,7 +173,9 @@ def test_an_image_of_another_spec_version_is_refused(machine: MakeMachine) -> No
 def test_no_directory_is_left_when_packing_fails(tmp_path: Path) -> None:
     checkpoint = random_checkpoint()
     memory_map = MemoryMap(dataclasses.replace(SHAPE, hidden=256), SMALL, "w4", "kv4", 64)
-    with pytest.raises(KVStrataError, match="layers.0.k must be \\d+ x 256 in w4 groups of 32; got \\d+ x 128"):
+    with pytest.raises(
+        KVStrataError, match="layers.0.k must be \\d+ x 256 in w4 groups of 32; got \\d+ x 128"
+    ):
         pack_checkpoint(tmp_path / "image", memory_map, checkpoint)
     assert list(tmp_path.iterdir()) == []
 

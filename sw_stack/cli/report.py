@@ -1,5 +1,6 @@
 """`kvstrata report`: the whole chain, from a prompt to build/report/."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -20,9 +21,10 @@ def command(
     engine: Annotated[
         str, typer.Option(help="engine configuration that the RTL check builds: tiny, small")
     ] = "small",
+    output: Annotated[Path | None, typer.Option(help="directory to write; build/report/ if none")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print summary.json")] = False,
 ) -> None:
-    """Real model, golden model, RTL, measured cycles, system model: write build/report/."""
+    """Real model, golden model, RTL, measured cycles, system model: write the report."""
     import time
 
     from sw_stack.cli.output import console, note, show_json, show_rows
@@ -43,6 +45,7 @@ def command(
             model=model,
             machine=machine,
             engine=engine,
+            output=output,
             progress=progress,
         )
     if as_json:

@@ -28,12 +28,18 @@ def build(
     model: str | None,
     machine: str,
     engine: str,
+    output: Path | None = None,
     progress: Progress,
 ) -> tuple[Path, dict[str, Any]]:
     """Run every stage whose inputs changed and write the report; returns its directory and the summary.
 
+    `output` is replaced as a whole; build/report/ if none. Raises `KVStrataError` if it holds something else.
+
     Raises `KVStrataError` if an element differs between RTL and golden model: a report is never built on it.
     """
+    output = output or build_dir() / "report"
+    if output.exists() and not (output / "summary.json").is_file():
+        raise KVStrataError(f"a report replaces its directory, and {output} exists and holds no report")
     spoken = _language(prompt, new_tokens, perplexity_tokens, model, progress)
     checked = _rtl(spoken, engine, progress)
     if wrong := [row for row in checked.result["rows"] if not row["bit_exact"]]:
@@ -48,7 +54,7 @@ def build(
         "system": estimated.result,
         "provenance": provenance(spoken, checked, estimated),
     }
-    return _write(summary, checked, estimated), summary
+    return _write(output, summary, checked, estimated), summary
 
 
 def _language(
@@ -172,7 +178,7 @@ def provenance(*stages: StageResult) -> dict[str, str]:
     return {"spec_version": SPEC_VERSION, **keys, "python": platform.python_version(), **versions}
 
 
-def _write(summary: dict[str, Any], checked: StageResult, estimated: StageResult) -> Path:
+def _write(final: Path, summary: dict[str, Any], checked: StageResult, estimated: StageResult) -> Path:
     """All files of the report under a temporary name, then in one rename."""
     from sw_stack.report.page import render, svg
     from sw_stack.report.timing import draw
@@ -183,7 +189,6 @@ def _write(summary: dict[str, Any], checked: StageResult, estimated: StageResult
         "throughput": "".join(text for name, text in stored.items() if name.startswith("throughput")),
         **{name: text for name, text in stored.items() if not name.startswith("throughput")},
     }
-    final = build_dir() / "report"
     final.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(dir=final.parent, prefix=".report."))
     work.chmod(0o755)

@@ -15,15 +15,23 @@ PROGRAM = Path(sys.executable).parent / "kvstrata"
 SMALL = ["--tokens", "3", "--perplexity-tokens", "256", "--engine", "tiny"]
 
 
-def report(*arguments):
+def report(directory, *arguments):
     return subprocess.run(
-        [PROGRAM, "report", *SMALL, *arguments], capture_output=True, text=True, check=False
+        [PROGRAM, "report", *SMALL, "--output", directory, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
 @pytest.fixture(scope="module")
-def summary():
-    result = report("--json")
+def directory(tmp_path_factory):
+    return tmp_path_factory.mktemp("chain") / "report"
+
+
+@pytest.fixture(scope="module")
+def summary(directory):
+    result = report(directory, "--json")
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
 
@@ -60,8 +68,8 @@ def test_every_element_is_equal(summary):
 
 
 @pytest.mark.rtl
-def test_page_loads_nothing_from_outside(summary):
-    page = (build_dir() / "report" / "index.html").read_text()
+def test_page_loads_nothing_from_outside(summary, directory):
+    page = (directory / "index.html").read_text()
     for reference in ("src=", 'href="http', "@import", "url("):
         outside = [part[:60] for part in page.split(reference)[1:] if not part.startswith(("#", '"#'))]
         assert not outside, (reference, outside[:3])
@@ -70,16 +78,16 @@ def test_page_loads_nothing_from_outside(summary):
 
 
 @pytest.mark.rtl
-def test_timeline_is_a_chrome_trace(summary):
-    trace = json.loads((build_dir() / "report" / "timeline.json").read_text())
+def test_timeline_is_a_chrome_trace(summary, directory):
+    trace = json.loads((directory / "timeline.json").read_text())
     slices = [event for event in trace["traceEvents"] if event["ph"] == "X"]
     assert slices
     assert all(event["dur"] >= 0 for event in slices)
 
 
 @pytest.mark.rtl
-def test_unchanged_inputs_run_nothing_again(summary):
-    second = report("--json")
+def test_unchanged_inputs_run_nothing_again(summary, directory):
+    second = report(directory, "--json")
     assert "loading the model" not in second.stderr
     assert "on the engine core" not in second.stderr
     assert json.loads(second.stdout) == summary
@@ -136,6 +144,14 @@ def test_a_vector_file_of_another_spec_version_is_one_sentence(vector_files, tmp
 def test_missing_operands_are_one_sentence(tmp_path):
     with pytest.raises(KVStrataError, match="captured operands are a safetensors file, but"):
         rtl.check(tmp_path / "nothing.safetensors")
+
+
+def test_a_directory_that_holds_something_else_is_not_replaced(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    result = report(tmp_path)
+    assert result.returncode == 1
+    assert "exists and holds no report" in result.stderr.replace("\n", " ")
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
 
 
 def test_changed_preset_changes_the_outcome(tmp_path):

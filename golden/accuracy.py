@@ -425,6 +425,8 @@ POLICIES = (
 )  # fmt: skip
 DRIVE_POLICIES = ("dense", "sparf:16,0.125")
 """Of the in-storage unit's binary16 attention, token by token in numpy: at the shortest context."""
+LONGEST_POLICIES = ("lambda-limit:4+1024", "sparq:16,0.125", "sparf:16,0.125")
+"""One of each family at the longest context, where a row takes minutes."""
 SHORT_CONTEXTS, LONG_CONTEXTS = (256, 1024), (2048, 4096, 8192)
 
 
@@ -445,7 +447,8 @@ def grid(long: bool = True) -> Iterator[Row]:
                 yield Row(context, level, recipe, activations, kv, "lambda-limit:4+256")
     for context in LONG_CONTEXTS if long else ():
         yield Row(context)
-        yield from (Row(context, policy=p) for p in POLICIES if differs(p, context))
+        policies = LONGEST_POLICIES if context == LONG_CONTEXTS[-1] else POLICIES
+        yield from (Row(context, policy=p) for p in policies if differs(p, context))
 
 
 def differs(policy: str, context: int) -> bool:

@@ -13,7 +13,7 @@
 //   run <program word> <cycles>   start and wait for the interrupt, at most so many cycles
 //   profile <path>                from now on, write what units start and finish in each run: records of 32 bits,
 //                                 cycle, units that took an operation, units that ended one; no path ends it
-//   wave <first> <last> <path>    write an FST waveform of cycles [first, last) of the next run (builds with WAVES)
+//   wave <first> <last> <path>    write a VCD waveform of cycles [first, last) of the next run (builds with WAVES)
 //   abort <program word> <cycle>  start, abort in that cycle, wait for the interrupt
 //   reset                         pulse the reset for a few cycles, in the middle of whatever goes on
 #include "Vengine.h"
@@ -21,7 +21,7 @@
 #include "hbm_pins.h"
 #include "verilated.h"
 #ifdef WAVES
-#include "verilated_fst_c.h"
+#include "verilated_vcd_c.h"
 #endif
 
 #include <cstdio>
@@ -96,7 +96,7 @@ public:
     bool profiling = false;
     void wave(uint64_t first, uint64_t last, const std::string& path) {
 #ifdef WAVES
-        first_ = first, last_ = last, wave_ = std::make_unique<VerilatedFstC>();
+        first_ = first, last_ = last, wave_ = std::make_unique<VerilatedVcdC>();
         top_->trace(wave_.get(), 99);
         wave_->open(path.c_str());
 #else
@@ -158,7 +158,7 @@ private:
     void end_wave() {
         if (wave_) wave_->close(), wave_.reset();
     }
-    std::unique_ptr<VerilatedFstC> wave_;
+    std::unique_ptr<VerilatedVcdC> wave_;
     uint64_t first_ = 0, last_ = 0;
 #else
     void dump(int) {}

@@ -105,7 +105,7 @@ def build_harness(
         {h for s in sources for h in s.parent.glob("*.h")} | {h for d in include_dirs for h in d.glob("*.h")}
     )
     flags = ["-O3", "--x-assign", "fast", "--x-initial", "fast", "--noassert", "-Wall", "-Wno-fatal"]
-    flags += ["--trace-fst"] if trace else []
+    flags += ["--trace"] if trace else []
     flags += SPLIT if len(design.text) > SPLIT_ABOVE else []
     cflags = [
         "-std=c++20",
@@ -128,7 +128,7 @@ def build_harness(
         command += ["waivers.vlt", f"{design.top}.v", *(str(s.resolve()) for s in sources)]
         result = subprocess.run(command, cwd=work, env=env, capture_output=True, text=True, check=False)
         if result.returncode:
-            errors = [line for line in (result.stdout + result.stderr).splitlines() if "rror" in line][:5]
+            errors = [line for line in (result.stdout + result.stderr).splitlines() if "%Error" in line or "error:" in line][:5]
             raise KVStrataError(
                 f"Verilating {design.top} failed: {' | '.join(errors) or result.stderr[-500:]}"
             )

@@ -19,7 +19,7 @@ def command(
     wave: Annotated[
         str | None, typer.Option(help="first:last cycle of which device rtl writes a waveform")
     ] = None,
-    wave_file: Annotated[Path, typer.Option(help="where the waveform (FST) goes")] = Path("wave.fst"),
+    wave_file: Annotated[Path, typer.Option(help="where the waveform (VCD) goes")] = Path("wave.vcd"),
     trace: Annotated[Path | None, typer.Option(help="file for a timeline that Perfetto opens")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
 ) -> None:

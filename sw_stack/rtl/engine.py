@@ -145,7 +145,7 @@ class EngineProcess:
         self.command(f"profile {self._path('events.bin')}" if on else "profile")
 
     def wave(self, first: int, last: int, path: Path) -> None:
-        """Write an FST waveform of cycles [first, last) of the next run; the process must have been made with waves."""
+        """Write a VCD waveform of cycles [first, last) of the next run; the process must have been made with waves."""
         self.command(f"wave {first} {last} {path.resolve()}")
 
     def events(self) -> list[Event]:

@@ -55,8 +55,9 @@ def test_a_waveform_of_chosen_cycles(machine: MakeMachine, tmp_path: Path) -> No
     made = machine(engine=TINY, context=64)
     program, sizes = made.programs.programs["decode"], []
     for last in (110, 1100):
-        file = tmp_path / f"{last}.fst"
+        file = tmp_path / f"{last}.vcd"
         result = run_profile(made.image, program, 0, "rtl", "2", (100, last), file)
         sizes.append(file.stat().st_size)
     assert result.cycles == run_profile(made.image, program, 0, "timing", "2", None, file).cycles
     assert 0 < sizes[0] < sizes[1]
+    assert "$timescale" in file.read_text()[:1000]

@@ -128,7 +128,11 @@ def build_harness(
         command += ["waivers.vlt", f"{design.top}.v", *(str(s.resolve()) for s in sources)]
         result = subprocess.run(command, cwd=work, env=env, capture_output=True, text=True, check=False)
         if result.returncode:
-            errors = [line for line in (result.stdout + result.stderr).splitlines() if "%Error" in line or "error:" in line][:5]
+            errors = [
+                line
+                for line in (result.stdout + result.stderr).splitlines()
+                if "%Error" in line or "error:" in line
+            ][:5]
             raise KVStrataError(
                 f"Verilating {design.top} failed: {' | '.join(errors) or result.stderr[-500:]}"
             )

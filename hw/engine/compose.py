@@ -7,10 +7,8 @@ LUTs, and as many of them the scale's too as the budget of DSPs wants (`lanes_wi
 the blocks that the engine elaborates; a LUT is one cell of Yosys' netlist, however few inputs it uses.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-
-from amaranth.lib import wiring
+from dataclasses import replace
+from functools import partial
 
 from golden.spec.engine import SIDE_BITS, STEP, VB_BANKS, EngineConfig
 from hw.engine.array import DOT_BITS, LanePair
@@ -28,20 +26,11 @@ from hw.engine.sfu.retire import GroupWriter
 from hw.engine.sfu.scalars import ScalarUnit
 from hw.engine.sfu.softmax import SoftmaxUnit
 from hw.engine.sfu.walker import Beat, Walker
-from hw.flow.synth import Resources, resources
+from hw.flow.synth import Part, Resources, resources
 from hw.lib.memories import bram36_count, uram_count
 
 ADDR_BITS = 32
 WORD_BITS = 512
-
-
-@dataclass(frozen=True)
-class Part:
-    """`count` copies of a block."""
-
-    name: str
-    count: int
-    make: Callable[[], wiring.Component]
 
 
 DSP_BUDGET = 4497
@@ -52,25 +41,27 @@ def parts(config: EngineConfig, lanes_without_dsp: int = 0) -> list[Part]:
     """The logic of an engine, block by block."""
     channel = {"addr_bits": ADDR_BITS, "data_bits": WORD_BITS, "fifo_beats": config.fifo_words}
     return [
-        Part("half pair of rows", config.lanes, lambda: LanePair(STEP // 2, primitives=True)),
-        Part("lane", config.lanes - lanes_without_dsp, lambda: Lane(config.tokens, Multipliers.SCALE_IN_DSP)),
-        Part("lane without DSP", lanes_without_dsp, lambda: Lane(config.tokens, Multipliers.LUTS)),
-        Part("channel planes", config.channels, lambda: ChannelPlanes(config.lanes_per_channel)),
-        Part("word sequence", 1, lambda: Incoming(config)),
-        Part("step sequence", 1, lambda: Outgoing(config)),
-        Part("issue", 1, lambda: Issue(config)),
-        Part("output scale", config.vector_lanes, ScaleLane),
-        Part("vector lane pair", config.vector_lanes // 2, VectorLanePair),
-        Part("vector scalars", 1, ScalarUnit),
-        Part("softmax", 1, lambda: SoftmaxUnit(config.vector_lanes)),
-        Part("vector walker", 1, lambda: Walker(config)),
-        Part("vector fetch", 1, lambda: Fetch(config, Beat(config.vector_lanes))),
-        Part("vector reducer", 1, lambda: Reducer(config.vector_lanes, Beat(config.vector_lanes))),
-        Part("group writer", 1, lambda: GroupWriter(config.vector_lanes)),
-        Part("read channel", config.channels, lambda: ReadChannel(**channel)),
-        Part("append unit", 1, lambda: AppendUnit(config)),
-        Part("DMA unit", 1, lambda: DmaUnit(config)),
-        Part("controller", 1, lambda: Controller(config)),
+        Part("half pair of rows", config.lanes, partial(LanePair, STEP // 2, primitives=True)),
+        Part(
+            "lane", config.lanes - lanes_without_dsp, partial(Lane, config.tokens, Multipliers.SCALE_IN_DSP)
+        ),
+        Part("lane without DSP", lanes_without_dsp, partial(Lane, config.tokens, Multipliers.LUTS)),
+        Part("channel planes", config.channels, partial(ChannelPlanes, config.lanes_per_channel)),
+        Part("word sequence", 1, partial(Incoming, config)),
+        Part("step sequence", 1, partial(Outgoing, config)),
+        Part("issue", 1, partial(Issue, config)),
+        Part("output scale", config.vector_lanes, partial(ScaleLane)),
+        Part("vector lane pair", config.vector_lanes // 2, partial(VectorLanePair)),
+        Part("vector scalars", 1, partial(ScalarUnit)),
+        Part("softmax", 1, partial(SoftmaxUnit, config.vector_lanes)),
+        Part("vector walker", 1, partial(Walker, config)),
+        Part("vector fetch", 1, partial(Fetch, config, Beat(config.vector_lanes))),
+        Part("vector reducer", 1, partial(Reducer, config.vector_lanes, Beat(config.vector_lanes))),
+        Part("group writer", 1, partial(GroupWriter, config.vector_lanes)),
+        Part("read channel", config.channels, partial(ReadChannel, **channel)),
+        Part("append unit", 1, partial(AppendUnit, config)),
+        Part("DMA unit", 1, partial(DmaUnit, config)),
+        Part("controller", 1, partial(Controller, config)),
     ]
 
 
@@ -93,7 +84,7 @@ def drain_select(config: EngineConfig) -> Resources:
 
 
 def _synthesised(blocks: list[Part]) -> dict[str, Resources]:
-    return {p.name: resources(p.make(), p.name.replace(" ", "_")).scaled(p.count) for p in blocks if p.count}
+    return {p.name: resources(p.make, p.top).scaled(p.count) for p in blocks if p.count}
 
 
 def compose(config: EngineConfig) -> dict[str, Resources]:

@@ -53,6 +53,20 @@ class Resources:
         return Resources(**{k: max(a[k], b[k]) if k == "logic_levels" else a[k] + b[k] for k in a})
 
 
+@dataclass(frozen=True)
+class Part:
+    """`count` copies of a block in a composition."""
+
+    name: str
+    count: int
+    make: Recipe
+
+    @property
+    def top(self) -> str:
+        """Module name."""
+        return self.name.replace(" ", "_")
+
+
 def resources(
     component: wiring.Component | Recipe, top: str, family: str = "xcup", *, flatten: bool = True
 ) -> Resources:

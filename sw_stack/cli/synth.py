@@ -20,11 +20,8 @@ def command(
     if family not in {*FAMILIES, "both"}:
         raise KVStrataError(f"a family is one of {', '.join(FAMILIES)} or both, not {family!r}")
     families = list(FAMILIES) if family == "both" else [family]
-    jobs = [
-        (name, block, kind) for name, block in BLOCKS.items() for kind in families if kind in block.families
-    ]
     rows = []
-    for name, block, kind in track(jobs, "Synthesis"):
-        table = resources(block.make, name, kind)
-        rows.append({"block": name, "family": FAMILIES[kind], **asdict(table)})
+    for name, block in track([item for item in BLOCKS.items() if item[1].family in families], "Synthesis"):
+        table = resources(block.make, name.partition("_")[2], block.family)
+        rows.append({"block": name, "family": FAMILIES[block.family], **asdict(table)})
     show_rows("Resources by block (Yosys)", rows, as_json)

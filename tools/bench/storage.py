@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from golden.spec.storage import BEAT_ELEMENTS, GROUP_TOKENS, PAGE_BYTES, PPN, Status, token_pages
-from hw.flow.synth import Resources, resources
+from golden.spec.storage import PAGE_BYTES, Status, token_pages
+from hw.storage.compose import resource_groups
 from sw_stack.rtl import selections
 from sw_stack.rtl.storage import BatchRun, Cache, Job, UnitConfig
 from sw_stack.rtl.storage import run as run_batch
@@ -20,8 +19,6 @@ HEAD = 128
 FLASH = {"read_ns": 50_000}
 BYTES_PER_CYCLE = 8 * 1400 / 285
 HEADS = 40
-ALPHA_TOKENS = 4096
-"""Tokens at which the alpha unit is synthesised."""
 SPARF_TOKENS, SPARF = 4096, selections.Selection(r=16, m=2, window=64)
 PUBLISHED = {"lut": 99_200 + 5_830 + 58_332, "ff": 207_300 + 3_870 + 27_800, "bram": 96 + 24 + 96, "dsp": 768}
 """Attention kernels, argtopk and NFC of the published unit on the Zynq-7045 (InstInfer, Table II)."""
@@ -120,82 +117,6 @@ def topk_share_32k() -> float:
     keys = [int(key) + (1 << 31) for key in batch.traces[0].scores]
     added = select_cycles(tokens, digits_used(keys, tokens // 8, window=SPARF.window))
     return added / (added + batch.page_bytes / BYTES_PER_CYCLE)
-
-
-@lru_cache(maxsize=2)
-def block_resources(
-    lanes: int = 4, channels: int = 8, max_tokens: int = 32768
-) -> dict[str, tuple[Resources, int]]:
-    """Each block of the unit beside the number of its copies, the group buffer's channel counted."""
-    from hw.lib.streams import StreamFIFO
-    from hw.storage.approximate import AlphaUnit
-    from hw.storage.feeder import Feeder
-    from hw.storage.fp import Unpack16
-    from hw.storage.lane import QueryLane
-    from hw.storage.nfc.filter import PageFilter
-    from hw.storage.nfc.front import READ, READ_QUEUE
-    from hw.storage.nfc.layouts import DESCRIPTOR, layout_of
-    from hw.storage.nfc.order import PageOrder
-    from hw.storage.normalise import Normaliser
-    from hw.storage.passes import ROW, SLOTS, AllPages, ChannelPass, Requester, SelectedPages, TokenPass
-    from hw.storage.query import QueryUnit
-    from hw.storage.topk.unit import TopK
-    from hw.storage.unit import AHEAD, ELEMENTS, KERNELS
-
-    ports, outstanding = channels + 1, 64
-    rows = (AHEAD + 1) * max_tokens // GROUP_TOKENS
-    parts = {
-        "query lane": (QueryLane(), 2 * lanes),
-        "unpack": (Unpack16(), 2 * BEAT_ELEMENTS),
-        "normaliser": (Normaliser(lanes), 2),
-        "feeder": (Feeder(), 2),
-        "query unit": (QueryUnit(lanes), 1),
-        "requester": (Requester(channels, ports * outstanding), 1),
-        "passes": (AllPages(), 2),
-        "token pass": (TokenPass(), 2),
-        "channel pass": (ChannelPass(), 1),
-        "selected pages": (SelectedPages(), 1),
-        "selected rows": (StreamFIFO(ROW, rows, kind="block"), 1),
-        "argtopk": (TopK(max_tokens, lanes=GROUP_TOKENS, in_lanes=1), 1),
-        "page filter": (PageFilter(), ports),
-        "page order": (PageOrder(ports, 2), 1),
-        "order queue": (StreamFIFO(range(ports), ports * outstanding, kind="block"), 2),
-        "read queue": (StreamFIFO(READ, READ_QUEUE, kind="block"), 2),
-        "descriptors": (StreamFIFO(DESCRIPTOR, outstanding), ports),
-        "commands": (StreamFIFO(layout_of(PPN), outstanding), ports),
-    }
-    found = {
-        name: (resources(block, name.replace(" ", "_"), "xc7"), count)
-        for name, (block, count) in parts.items()
-    }
-    # Its memories alone grow with the tokens; at 4,096 synthesis takes minutes, at 32,768 most of an hour.
-    alpha = resources(AlphaUnit(ALPHA_TOKENS, lanes), "alpha_unit", "xc7")
-    # q and v-bar of all jobs: a memory alone, which Yosys refuses as a top; a block holds 72 bits of 512 words
-    ports_of_operands = 1 + KERNELS
-    operands = Resources(0, 0, 0, ports_of_operands * -(-ELEMENTS.size // 72) * SLOTS * 64 / 512, 0, 0, 0)
-    return {
-        **found,
-        "alpha unit": (replace(alpha, bram=alpha.bram * max_tokens / ALPHA_TOKENS), 1),
-        "operands": (operands, 1),
-    }
-
-
-GROUPS = {
-    "argtopk": ("argtopk",),
-    "NFC": ("page filter", "page order", "order queue", "read queue", "descriptors", "commands"),
-}
-"""Rows of the published table and our blocks that do their work; all others are the attention kernels'."""
-
-
-def resource_groups(lanes: int = 4) -> dict[str, Resources]:
-    """Sums of `block_resources` by the rows of the published table, and of all of them."""
-    zero = Resources(0, 0, 0, 0, 0, 0, 0)
-    sums = {"Attention kernels": zero, **dict.fromkeys(GROUPS, zero), "sum": zero}
-    for name, (part, count) in block_resources(lanes).items():
-        row = next((row for row, names in GROUPS.items() if name in names), "Attention kernels")
-        sums[row] += part.scaled(count)
-        sums["sum"] += part.scaled(count)
-    return sums
 
 
 def run() -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from hw.storage.compose import resource_groups
 from tools.bench import storage
 
 PAGE = Path(__file__).parents[3] / "docs" / "storage.md"
@@ -34,5 +35,5 @@ def test_the_whole_unit_takes_no_more_than_the_published_one():
 @pytest.mark.slow
 def test_the_table_is_what_synthesis_gives():
     rows = table()
-    for row, found in storage.resource_groups().items():
+    for row, found in resource_groups().items():
         assert rows[row, "here"] == (found.lut, found.ff, found.bram, found.dsp), row

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -121,30 +121,30 @@ class Bench:
             raise KVStrataError(f"a context must be {TAIL + 1} to {most} tokens, got {context}.")
         return [self.ids[end - context - 1 : end] for end in ENDS]
 
-    def hessians(self) -> dict[str, Tensor]:
-        """Calibration, kept in the directory."""
+    def _kept(self, name: str, make: Callable[[], dict[str, Tensor]], *which: int) -> dict[str, Tensor]:
+        """Tensors of this checkpoint and method that are made once and kept in the directory."""
         from safetensors.torch import load_file, save_file
 
-        path = self.directory / f"hessians-{self.checkpoint.sha256[:12]}-{METHOD}.safetensors"
+        parts = (name, self.checkpoint.sha256[:12], METHOD, *which)
+        path = self.directory / f"{'-'.join(map(str, parts))}.safetensors"
         if not path.exists():
-            start, count, size = CALIBRATION
-            found = calibrate(self.checkpoint, self.ids[start : start + count * size].view(count, size))
-            save_file(found, _temporary(path))
-            _temporary(path).replace(path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f".{path.name}.tmp")
+            save_file(make(), temporary)
+            temporary.replace(path)
         return load_file(path)
 
-    def k_offset(self) -> Tensor:
-        """The K offset of centred rows, kept in the directory."""
-        from safetensors.torch import load_file, save_file
+    def hessians(self) -> dict[str, Tensor]:
+        """Calibration."""
+        start, count, size = CALIBRATION
+        windows = self.ids[start : start + count * size].view(count, size)
+        return self._kept("hessians", lambda: calibrate(self.checkpoint, windows))
 
-        path = self.directory / f"k-offset-{self.checkpoint.sha256[:12]}-{METHOD}.safetensors"
-        if not path.exists():
-            start, size = OFFSET_CALIBRATION
-            save_file(
-                {"k": calibrate_k_offset(self.checkpoint, [self.ids[start : start + size]])}, _temporary(path)
-            )
-            _temporary(path).replace(path)
-        return load_file(path)["k"]
+    def k_offset(self) -> Tensor:
+        """The K offset of centred rows."""
+        start, size = OFFSET_CALIBRATION
+        window = self.ids[start : start + size]
+        return self._kept("k-offset", lambda: {"k": calibrate_k_offset(self.checkpoint, [window])})["k"]
 
     def weights(self, recipe: Recipe) -> dict[str, Tensor | QuantisedWeight]:
         """Compressed weights; the last recipe is kept."""
@@ -187,19 +187,17 @@ class Bench:
 
     # --- measuring ------------------------------------------------------------------------------------
     def reference(self, context: int) -> dict[str, Tensor]:
-        """Log-probabilities and attention outputs of the float model, kept in the directory."""
-        from safetensors.torch import load_file, save_file
+        """Log-probabilities and attention outputs of the float model."""
 
-        path = self.directory / f"reference-{self.checkpoint.sha256[:12]}-{METHOD}-{context}.safetensors"
-        if not path.exists():
+        def make() -> dict[str, Tensor]:
             decoder = FloatDecoder(self.checkpoint)
             found: dict[str, Tensor] = {}
             for i, window in enumerate(self.windows(context)):
                 logits, attention = run_window(decoder, window)
                 found |= {f"logp.{i}": logits.log_softmax(-1).float(), f"attention.{i}": attention}
-            save_file(found, _temporary(path))
-            _temporary(path).replace(path)
-        return load_file(path)
+            return found
+
+        return self._kept("reference", make, context)
 
     def measure(self, row: Row) -> dict[str, Any]:
         """All metrics of a row."""
@@ -352,11 +350,6 @@ def weight_bytes(weights: dict[str, Tensor | QuantisedWeight], checkpoint: Check
     head = weights.get(checkpoint.head_name, checkpoint.float32(checkpoint.head_name))
     matrices = [w for name, w in weights.items() if name.startswith("layers.")] + [head]
     return sum(w.packed_bytes if isinstance(w, QuantisedWeight) else 2 * w.numel() for w in matrices)
-
-
-def _temporary(path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path.with_name(f".{path.name}.tmp")
 
 
 # --- results ------------------------------------------------------------------------------------------

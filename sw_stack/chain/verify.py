@@ -136,8 +136,7 @@ def _card(config: CardConfig) -> tuple[str, float, float]:
     from golden.spec.formats import WEIGHT_FORMATS
     from sim import measured
     from sim.devices.fpga import MATRIX_BLOCKS
-    from sw_stack.rtl.calibrate import _codes
-    from sw_stack.rtl.matvec import run_matvec
+    from sw_stack.rtl.matvec import random_codes, run_matvec
 
     channels = config.port_bytes_per_cycle / WORD_BYTES
     lanes = config.macs_per_cycle / STEP / channels
@@ -153,7 +152,7 @@ def _card(config: CardConfig) -> tuple[str, float, float]:
         np.random.default_rng(1),
         ROWS_PER_LANE * engine.lanes,
     )
-    codes = _codes(random, fmt, rows, INNER)
+    codes = random_codes(random, fmt, rows, INNER)
     scales = random.uniform(0.001, 0.02, (rows, INNER // fmt.group))
     minima = -2 * scales if fmt.asymmetric else None
     vector = random.integers(-127, 128, INNER).astype(np.int8)

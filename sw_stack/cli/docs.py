@@ -23,7 +23,7 @@ def command() -> None:
     readme = ROOT / "README.md"
     write_atomically(readme, with_reproduction(readme.read_text()))
     note("wrote the reproduction table of README.md")
-    text = build_dir() / "report" / "rtl-text.json"
+    text = build_dir() / "rtl-text.json"
     if text.is_file():
         write_atomically(readme, with_hardware_text(readme.read_text(), json.loads(text.read_text())))
         note("wrote the hardware's text of README.md")

@@ -195,8 +195,6 @@ def _write(final: Path, summary: dict[str, Any], checked: StageResult, estimated
     (work / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     (work / "index.html").write_text(render(_context(summary, figures), _links(summary)))
     shutil.copy(estimated.directory / "timeline.json", work / "timeline.json")
-    if (text := final / "rtl-text.json").is_file():
-        shutil.copy(text, work)  # `generate` on RTL wrote it: README quotes it, and it outlives a new report
     shutil.rmtree(final, ignore_errors=True)
     work.rename(final)
     return final

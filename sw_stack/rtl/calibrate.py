@@ -56,12 +56,12 @@ def _matrix_rows() -> Iterable[dict[str, Any]]:
 
     from golden.spec.engine import SMALL
     from golden.spec.formats import WEIGHT_FORMATS
-    from sw_stack.rtl.matvec import run_matvec
+    from sw_stack.rtl.matvec import random_codes, run_matvec
 
     random = np.random.default_rng(1)
     for name, rows, inner in MATRIX_SHAPES:
         fmt = WEIGHT_FORMATS[name]
-        codes = _codes(random, fmt, rows, inner)
+        codes = random_codes(random, fmt, rows, inner)
         scales = random.uniform(0.001, 0.02, (rows, inner // fmt.group))
         minima = -scales * 2 if fmt.asymmetric else None
         acts = random.integers(-127, 128, inner).astype(np.int8)
@@ -73,15 +73,6 @@ def _matrix_rows() -> Iterable[dict[str, Any]]:
             "bound_cycles": run.bound_cycles,
             "bytes": int(rows * inner * fmt.bits_per_weight / 8),
         }
-
-
-def _codes(random: Any, fmt: Any, rows: int, inner: int) -> Any:
-    import numpy as np
-
-    if not fmt.sparse24:
-        return random.integers(fmt.code_min, fmt.code_max + 1, (rows, inner)).astype(np.int8)
-    kept = np.argsort(random.random((rows, inner // 4, 4)), -1) < 2
-    return (kept * random.choice([-3, -1, 1, 3], kept.shape)).reshape(rows, inner).astype(np.int8)
 
 
 def _head_rows() -> Iterable[dict[str, Any]]:

@@ -14,7 +14,7 @@ import torch
 from golden.config import LlamaConfig
 from golden.formats.weights import QuantisedWeight, fitting_group
 from golden.spec.engine import WORD_BYTES, EngineConfig, Op
-from golden.spec.formats import SPARSE24_PATTERNS, VEC_FRAC, W8, WEIGHT_FORMATS, WeightFormat
+from golden.spec.formats import VEC_FRAC, W8, WEIGHT_FORMATS, WeightFormat
 from golden.spec.memory import MemoryModel
 from sw_stack.compile.decoder import Programs, compile_model
 from sw_stack.compile.memory import MemoryTiming
@@ -23,6 +23,7 @@ from sw_stack.compile.schedule import schedule
 from sw_stack.device.protocol import EngineDevice, RunResult
 from sw_stack.pack.image import Image, channel_file, pack_model
 from sw_stack.pack.memory_map import MemoryMap
+from sw_stack.rtl.matvec import random_codes
 
 
 def llama_2_7b(layers: int = 1, vocab: int = 64, context: int = 1024) -> LlamaConfig:
@@ -92,16 +93,9 @@ def _random_weight(rng: np.random.Generator, rows: int, inner: int, fmt: WeightF
         inner**0.5 * (fmt.code_max - fmt.code_min) / 4
     )
     scale = torch.from_numpy(scale.astype(np.float16).astype(np.float64))
-    if not fmt.sparse24:
-        codes = rng.integers(fmt.code_min, fmt.code_max + 1, (rows, inner), dtype=np.int8)
-        minimum = -scale * ((fmt.code_max + fmt.code_min) // 2) if fmt.asymmetric else None
-        minimum = minimum.half().double() if minimum is not None else None
-        return QuantisedWeight(fmt, torch.from_numpy(codes), scale, minimum)
-    kept = np.zeros((rows, inner // 4, 4), bool)
-    np.put_along_axis(kept, np.array(SPARSE24_PATTERNS)[rng.integers(0, 6, (rows, inner // 4))], True, -1)
-    codes = rng.choice(np.array([-3, -1, 1, 3], np.int8), kept.shape) * kept
-    flat = (torch.from_numpy(x.reshape(rows, inner)) for x in (codes, kept))
-    return QuantisedWeight(fmt, next(flat), scale, None, next(flat))
+    codes = torch.from_numpy(random_codes(rng, fmt, rows, inner))
+    minimum = (-scale * ((fmt.code_max + fmt.code_min) // 2)).half().double() if fmt.asymmetric else None
+    return QuantisedWeight(fmt, codes, scale, minimum, codes != 0 if fmt.sparse24 else None)
 
 
 def _fill_cache(image: Image, rng: np.random.Generator) -> None:

@@ -57,6 +57,14 @@ def weight_fields(
     return Fields(((kept + 3) // 2).astype(np.uint8).reshape(len(codes), -1), scale, minimum, pattern)
 
 
+def random_codes(random: np.random.Generator, fmt: WeightFormat, rows: int, inner: int) -> np.ndarray:
+    """Legal codes int8 [rows, inner] of a format: every value alike, two of every four kept where it is 2:4."""
+    if not fmt.sparse24:
+        return random.integers(fmt.code_min, fmt.code_max + 1, (rows, inner)).astype(np.int8)
+    kept = np.argsort(random.random((rows, inner // 4, 4)), -1) < 2
+    return (kept * random.choice([-3, -1, 1, 3], kept.shape)).reshape(rows, inner).astype(np.int8)
+
+
 def matrix_operation(
     config: EngineConfig, stream: StreamFormat, rows: int, inner: int, vectors: int
 ) -> dict[str, int]:

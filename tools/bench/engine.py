@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from golden.spec.engine import SMALL, U280, EngineConfig, StreamFormat, weight_stream
-from golden.spec.formats import SPARSE24_PATTERNS, WEIGHT_FORMATS, WeightFormat
+from golden.spec.formats import WEIGHT_FORMATS
 from golden.spec.memory import MemoryModel
 from hw.engine.compose import DSP_BUDGET, compose
 from sw_stack.device.rtl import RtlDevice
@@ -17,7 +17,7 @@ from sw_stack.pack.stream import pack_matrix
 from sw_stack.rtl.core import CoreJob, CoreResult, run_core
 from sw_stack.rtl.engine import engine_program
 from sw_stack.rtl.layer import llama_2_7b, predict, random_hidden, random_layer
-from sw_stack.rtl.matvec import activation_groups, matrix_operation, weight_fields
+from sw_stack.rtl.matvec import activation_groups, matrix_operation, random_codes, weight_fields
 
 SLICE = replace(U280, name="u280-slice", channels=2, act_words=2048)
 """Two of the U280's channels with their lanes. All channels take words and steps together, so cycles are those of
@@ -41,16 +41,8 @@ def packed(config: EngineConfig, name: str, rows: int, inner: int, seed: int = 1
     stream = weight_stream(name, fmt.group)
     scales = rng.uniform(1e-3, 1e-2, (rows, inner // fmt.group)).astype(np.float16)
     minima = -scales if fmt.asymmetric else None
-    fields = weight_fields(_codes(rng, fmt, rows, inner), scales, minima, fmt)
+    fields = weight_fields(random_codes(rng, fmt, rows, inner), scales, minima, fmt)
     return Operands(stream, pack_matrix(config, stream, fields), rows)
-
-
-def _codes(rng: np.random.Generator, fmt: WeightFormat, rows: int, inner: int) -> np.ndarray:
-    if not fmt.sparse24:
-        return rng.integers(fmt.code_min, fmt.code_max + 1, (rows, inner))
-    mask = np.zeros((rows, inner // 4, 4), bool)
-    np.put_along_axis(mask, np.array(SPARSE24_PATTERNS)[rng.integers(0, 6, (rows, inner // 4))], True, -1)
-    return (rng.choice([-3, -1, 1, 3], mask.shape) * mask).reshape(rows, inner)
 
 
 def product(config: EngineConfig, o: Operands, inner: int, vectors: int, passes: int = 1) -> CoreResult:

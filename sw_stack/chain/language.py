@@ -11,6 +11,8 @@ from golden.spec import KVStrataError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from golden.loaders import Checkpoint
+
 DEFAULT_PROMPT = "Why does a language model need a key-value cache?"
 CAPTURE_LAYER = 12
 """A layer in the middle of the model: neither embeddings nor the head shape its operands."""
@@ -51,8 +53,7 @@ def run(
     check_prompt(prompt)
     progress("loading the model")
     checkpoint = load_model(model)
-    assert checkpoint.tokenizer is not None
-    ids = checkpoint.tokenizer.encode(checkpoint.tokenizer.chat(prompt))
+    ids = _chat_ids(checkpoint, prompt)
     levels: list[dict[str, Any]] = []
     accuracy: list[dict[str, Any]] = []
     reference: list[int] = []
@@ -92,14 +93,19 @@ def run(
     }
 
 
+def _chat_ids(checkpoint: Checkpoint, prompt: str) -> list[int]:
+    if checkpoint.tokenizer is None:
+        raise KVStrataError("answering a prompt needs a tokenizer, and the model holds none")
+    return checkpoint.tokenizer.encode(checkpoint.tokenizer.chat(prompt))
+
+
 def capture(directory: Path, prompt: str, progress: Callable[[str], None] = lambda _: None) -> None:
     """Operands of one step after `prompt`, without an answer: what the RTL check alone needs."""
     from golden.llama import build, load_model
 
     progress("loading the model")
     checkpoint = load_model(None)
-    assert checkpoint.tokenizer is not None
-    ids = checkpoint.tokenizer.encode(checkpoint.tokenizer.chat(prompt))
+    ids = _chat_ids(checkpoint, prompt)
     progress(f"reading {len(ids)} prompt tokens in the engine's arithmetic")
     _capture(build(checkpoint, "exact", "w4", "kv4"), ids, directory)
 

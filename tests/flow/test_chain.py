@@ -146,6 +146,17 @@ def test_missing_operands_are_one_sentence(tmp_path):
         rtl.check(tmp_path / "nothing.safetensors")
 
 
+def test_a_model_without_a_tokenizer_is_one_sentence(monkeypatch, tmp_path):
+    from types import SimpleNamespace
+
+    from golden import llama
+    from sw_stack.chain import language
+
+    monkeypatch.setattr(llama, "load_model", lambda _: SimpleNamespace(tokenizer=None))
+    with pytest.raises(KVStrataError, match="needs a tokenizer, and the model holds none"):
+        language.capture(tmp_path, "Why?")
+
+
 def test_a_directory_that_holds_something_else_is_not_replaced(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     result = report(tmp_path)

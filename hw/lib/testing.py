@@ -6,6 +6,7 @@ the usual ones. The same scenario under several patterns is how handshake faults
 
 import random
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 from amaranth import ClockDomain, Module
 from amaranth.sim import Simulator
@@ -85,3 +86,44 @@ def simulate(dut, *benches: Callable, monitors: Iterable[Callable] = (), vcd: st
     else:
         with simulator.write_vcd(vcd):
             simulator.run()
+
+
+class Passage(NamedTuple):
+    """What went through a block: payloads taken, and the cycle in which each entered and left."""
+
+    taken: list
+    entered: list[int]
+    left: list[int]
+
+
+def through(
+    dut, items: Iterable, pause_in: Pause = no_pause, pause_out: Pause = no_pause, *, o=None, top=None
+) -> Passage:
+    """Send `items` into `dut.i`, take as many from `o` (`dut.o`), hold the output to the stream rule.
+
+    `top` is what the simulator runs when it is more than `dut`. Cycles count from the first clock edge.
+    """
+    items, out = list(items), dut.o if o is None else o
+    passage = Passage([], [], [])
+
+    async def produce(ctx):
+        await put(ctx, dut.i, items, pause_in)
+
+    async def consume(ctx):
+        await get(ctx, out, len(items), pause_out, passage.taken)
+
+    async def stable(ctx):
+        await assert_stable(ctx, out)
+
+    async def clocked(ctx):
+        cycle = 0
+        watched = (dut.i.valid, dut.i.ready, out.valid, out.ready)
+        async for _clk_edge, _rst_active, enters, taken_in, leaves, taken_out in ctx.tick().sample(*watched):
+            if enters and taken_in:
+                passage.entered.append(cycle)
+            if leaves and taken_out:
+                passage.left.append(cycle)
+            cycle += 1
+
+    simulate(dut if top is None else top, produce, consume, monitors=[stable, clocked])
+    return passage

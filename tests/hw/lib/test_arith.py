@@ -8,7 +8,7 @@ from amaranth import Module, Signal, signed, unsigned
 from amaranth.sim import Simulator
 
 from hw.lib import arith
-from hw.lib.testing import assert_stable, get, no_pause, pauses, put, simulate
+from hw.lib.testing import pauses, through
 
 
 def tabulate(build, inputs: list[tuple], shapes: list) -> list[int]:
@@ -84,26 +84,10 @@ def test_resize_and_shift_left_keep_the_sign():
     assert tabulate(lambda x: arith.shift_left(x, 3), inputs, [signed(5)]) == [x * 8 for (x,) in inputs]
 
 
-def run_unit(dut, requests: list, pause_in=no_pause, pause_out=no_pause) -> list[int]:
-    taken: list[int] = []
-
-    async def producer(ctx):
-        await put(ctx, dut.i, requests, pause_in)
-
-    async def consumer(ctx):
-        await get(ctx, dut.o, len(requests), pause_out, taken)
-
-    async def monitor(ctx):
-        await assert_stable(ctx, dut.o)
-
-    simulate(dut, producer, consumer, monitors=[monitor])
-    return taken
-
-
 @pytest.mark.parametrize("digits", [1, 2])
 def test_divider_every_small_operand(digits):
     requests = [{"n": n, "d": d} for d in range(1, 16) for n in range(64) if n // d < 16]
-    got = run_unit(arith.Divider(6, 4, 4, digits=digits), requests)
+    got = through(arith.Divider(6, 4, 4, digits=digits), requests).taken
     assert got == [r["n"] // r["d"] for r in requests]
 
 
@@ -112,17 +96,19 @@ def test_divider_at_the_engine_width_under_stalls(seed):
     rng = random.Random(seed)
     divisors = [1 << 15, (1 << 16) - 1, 1 << 16] + [rng.randint(1 << 15, 1 << 16) for _ in range(40)]
     requests = [{"n": n, "d": d} for d in divisors for n in (127 << 24, (1 << 31) - 1) if n // d < 1 << 16]
-    got = run_unit(arith.Divider(31, 17, 16), requests, pauses(seed, 0.4), pauses(seed + 9, 0.4))
+    got = through(arith.Divider(31, 17, 16), requests, pauses(seed, 0.4), pauses(seed + 9, 0.4)).taken
     assert got == [r["n"] // r["d"] for r in requests]
 
 
 @pytest.mark.parametrize("digits", [1, 2])
 def test_isqrt_every_small_operand_and_random_wide_ones(digits):
-    assert run_unit(arith.ISqrt(8, digits=digits), list(range(256))) == [math.isqrt(x) for x in range(256)]
+    assert through(arith.ISqrt(8, digits=digits), list(range(256))).taken == [
+        math.isqrt(x) for x in range(256)
+    ]
     rng = random.Random(digits)
     roots = [rng.randint(1, (1 << 16) - 1) for _ in range(30)]
     wide = [0, 1, (1 << 32) - 1] + [r * r + delta for r in roots for delta in (-1, 0, 1)]
-    got = run_unit(arith.ISqrt(32, digits=digits), wide, pauses(digits, 0.3), pauses(digits + 5, 0.3))
+    got = through(arith.ISqrt(32, digits=digits), wide, pauses(digits, 0.3), pauses(digits + 5, 0.3)).taken
     assert got == [math.isqrt(x) for x in wide]
 
 
@@ -136,26 +122,7 @@ def test_isqrt_every_small_operand_and_random_wide_ones(digits):
 )
 def test_latency_and_rate_are_the_stated_cycles(make, requests):
     unit = make()
-    accepted, ready = [], []
-
-    async def producer(ctx):
-        await put(ctx, unit.i, requests)
-
-    async def consumer(ctx):
-        await get(ctx, unit.o, len(requests))
-
-    async def monitor(ctx):
-        cycle = 0
-        async for _, _, iv, ir, ov, orr in ctx.tick().sample(
-            unit.i.valid, unit.i.ready, unit.o.valid, unit.o.ready
-        ):
-            if iv and ir:
-                accepted.append(cycle)
-            if ov and orr:
-                ready.append(cycle)
-            cycle += 1
-
-    simulate(unit, producer, consumer, monitors=[monitor])
+    _, accepted, ready = through(unit, requests)
     assert [r - a for a, r in zip(accepted, ready)] == [unit.latency] * len(requests)
     assert [b - a for a, b in zip(accepted, accepted[1:])] == [unit.latency] * (len(requests) - 1)
 

@@ -8,7 +8,7 @@ from amaranth.lib import data, wiring
 from hw.lib.arbiter import RoundRobin, StreamArbiter, StreamRouter
 from hw.lib.gearbox import GearDown, GearUp
 from hw.lib.streams import Fork, Join, PipeStage, SkidBuffer, StreamFIFO, connect
-from hw.lib.testing import assert_stable, get, pauses, put, simulate
+from hw.lib.testing import assert_stable, get, pauses, put, simulate, through
 
 WORD = data.StructLayout({"value": signed(9), "last": 1})
 ONE_TO_ONE = {
@@ -47,39 +47,17 @@ class WithReset(Elaboratable):
 @pytest.mark.parametrize("stall", STALLS)
 @pytest.mark.parametrize("seed", range(3))
 def test_passes_every_payload_once_in_order(make, stall, seed):
-    dut = make()
-    sent, received = words(60), []
-    source, sink = stall_pair(stall, seed)
-
-    async def write(ctx):
-        await put(ctx, dut.i, sent, source)
-
-    async def read(ctx):
-        await get(ctx, dut.o, len(sent), sink, received)
-
-    async def watch(ctx):
-        await assert_stable(ctx, dut.o)
-
-    simulate(dut, write, read, monitors=[watch])
+    sent = words(60)
+    received = through(make(), sent, *stall_pair(stall, seed)).taken
     assert received == [WORD.const(word) for word in sent]
 
 
 @block
 def test_latency_and_full_rate_are_as_stated(make):
-    dut, arrivals = make(), []
-
-    async def write(ctx):
-        await put(ctx, dut.i, words(20))
-
-    async def read(ctx):
-        ctx.set(dut.o.ready, 1)
-        for cycle in range(20 + dut.latency):
-            _, _, valid = await ctx.tick().sample(dut.o.valid)
-            if valid:
-                arrivals.append(cycle)
-
-    simulate(dut, write, read)
-    assert arrivals == list(range(dut.latency, dut.latency + 20))
+    dut = make()
+    _, entered, left = through(dut, words(20))
+    assert [b - a for a, b in zip(entered, left)] == [dut.latency] * 20
+    assert left == list(range(left[0], left[0] + 20))
 
 
 @block
@@ -169,19 +147,7 @@ def test_gearboxes_invert_each_other(ratio, stall):
     top.submodules.up, top.submodules.down = up, down
     connect(top, up.o, down.i)
     sent = [(n * 7) % 32 - 16 for n in range(12 * ratio)]
-    received = []
-    source, sink = stall_pair(stall, ratio)
-
-    async def write(ctx):
-        await put(ctx, up.i, sent, source)
-
-    async def read(ctx):
-        await get(ctx, down.o, len(sent), sink, received)
-
-    async def watch(ctx):
-        await assert_stable(ctx, up.o)
-
-    simulate(top, write, read, monitors=[watch])
+    received = through(up, sent, *stall_pair(stall, ratio), o=down.o, top=top).taken
     assert received == sent
 
 

@@ -8,7 +8,7 @@ from amaranth import unsigned
 from hw.engine.sfu import lanes as lanes_module
 from hw.engine.sfu.lanes import N1_BIAS, LaneArray, LaneOp, Sigmoid
 from hw.lib import arith
-from hw.lib.testing import assert_stable, get, no_pause, pauses, put, simulate
+from hw.lib.testing import pauses, simulate, through
 from tests.hw.sfu import reference as ref
 
 LANES = 4
@@ -89,22 +89,6 @@ def case_kv(rng):
 CASES = {op: globals()[f"case_{op.name.lower()}"] for op in LaneOp}
 
 
-def run(dut, items: list[dict], pause_in=no_pause, pause_out=no_pause) -> list:
-    taken: list = []
-
-    async def producer(ctx):
-        await put(ctx, dut.i, items, pause_in)
-
-    async def consumer(ctx):
-        await get(ctx, dut.o, len(items), pause_out, taken)
-
-    async def monitor(ctx):
-        await assert_stable(ctx, dut.o)
-
-    simulate(dut, producer, consumer, monitors=[monitor])
-    return taken
-
-
 def scenario(rng, ops: list[LaneOp], count: int) -> tuple[list[dict], list[list[int]]]:
     items, expected = [], []
     for index in range(count):
@@ -116,7 +100,8 @@ def scenario(rng, ops: list[LaneOp], count: int) -> tuple[list[dict], list[list[
 
 def check(ops, seed: int, count: int, stall: float) -> None:
     items, expected = scenario(random.Random(seed), ops, count)
-    got = run(LaneArray(LANES, unsigned(8)), items, pauses(seed + 1, stall), pauses(seed + 2, stall))
+    dut = LaneArray(LANES, unsigned(8))
+    got = through(dut, items, pauses(seed + 1, stall), pauses(seed + 2, stall)).taken
     for index, (word, want) in enumerate(zip(got, expected)):
         assert list(word.y) == want, f"word {index}, {items[index]}"
         assert word.tag == index % 256
@@ -133,27 +118,8 @@ def test_mixed_operations_under_stalls_keep_order_and_tags(seed):
 
 
 def test_latency_and_rate_are_the_stated_cycles():
-    dut, entered, left = LaneArray(LANES, unsigned(8)), [], []
     items, _ = scenario(random.Random(0), list(LaneOp), 20)
-
-    async def producer(ctx):
-        await put(ctx, dut.i, items)
-
-    async def consumer(ctx):
-        await get(ctx, dut.o, len(items))
-
-    async def monitor(ctx):
-        cycle = 0
-        async for _, _, iv, ir, ov, orr in ctx.tick().sample(
-            dut.i.valid, dut.i.ready, dut.o.valid, dut.o.ready
-        ):
-            if iv and ir:
-                entered.append(cycle)
-            if ov and orr:
-                left.append(cycle)
-            cycle += 1
-
-    simulate(dut, producer, consumer, monitors=[monitor])
+    _, entered, left = through(LaneArray(LANES, unsigned(8)), items)
     assert [b - a for a, b in zip(entered, left)] == [LaneArray.latency] * len(items)
     assert [b - a for a, b in zip(left, left[1:])] == [1] * (len(items) - 1)
 

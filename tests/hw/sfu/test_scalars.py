@@ -7,7 +7,7 @@ import pytest
 from hw.engine.sfu.lanes import N1_BIAS
 from hw.engine.sfu.scalars import ScalarKind, ScalarUnit
 from hw.lib import arith
-from hw.lib.testing import assert_stable, get, no_pause, pauses, put, simulate
+from hw.lib.testing import pauses, through
 from tests.hw.sfu import reference as ref
 
 
@@ -66,33 +66,6 @@ CASES = {
 }
 
 
-def run(requests: list[dict], pause_in=no_pause, pause_out=no_pause) -> tuple[list, list[int], list[int]]:
-    dut, taken, entered, left = ScalarUnit(), [], [], []
-
-    async def producer(ctx):
-        await put(ctx, dut.i, requests, pause_in)
-
-    async def consumer(ctx):
-        await get(ctx, dut.o, len(requests), pause_out, taken)
-
-    async def stable(ctx):
-        await assert_stable(ctx, dut.o)
-
-    async def clocked(ctx):
-        cycle = 0
-        async for _, _, iv, ir, ov, orr in ctx.tick().sample(
-            dut.i.valid, dut.i.ready, dut.o.valid, dut.o.ready
-        ):
-            if iv and ir:
-                entered.append(cycle)
-            if ov and orr:
-                left.append(cycle)
-            cycle += 1
-
-    simulate(dut, producer, consumer, monitors=[stable, clocked])
-    return taken, entered, left
-
-
 def scenario(rng, kinds, count):
     cases = []
     for v in range(count):
@@ -105,7 +78,7 @@ def scenario(rng, kinds, count):
 
 def check(kinds, seed, count, stall=0.0):
     cases = scenario(random.Random(seed), kinds, count)
-    got, _, _ = run([c[0] for c in cases], pauses(seed, stall), pauses(seed + 7, stall))
+    got, _, _ = through(ScalarUnit(), [c[0] for c in cases], pauses(seed, stall), pauses(seed + 7, stall))
     for (req, lanes, output), result in zip(cases, got):
         assert (result.v, result.kind) == (req["v"], req["kind"])
         for name, want in lanes.items():
@@ -127,7 +100,7 @@ def test_mixed_kinds_under_stalls(seed):
 @pytest.mark.parametrize("kind", list(ScalarKind), ids=lambda k: k.name.lower())
 def test_latency_and_period_are_the_stated_cycles(kind):
     cases = scenario(random.Random(3), [kind], 12)
-    _, entered, left = run([c[0] for c in cases])
+    _, entered, left = through(ScalarUnit(), [c[0] for c in cases])
     assert left[0] - entered[0] == ScalarUnit.latency(kind)
     assert {b - a for a, b in zip(left, left[1:])} == {ScalarUnit.period(kind)}
 

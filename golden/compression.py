@@ -26,7 +26,7 @@ from golden.formats.weights import (
     nearest_codes,
     quantise_weight,
 )
-from golden.loaders.checkpoint import LINEARS, Checkpoint
+from golden.loaders.checkpoint import Checkpoint
 from golden.ops import to_q16
 from golden.spec import KVStrataError
 from golden.spec.formats import W8, WEIGHT_FORMATS, WeightFormat
@@ -37,7 +37,7 @@ DAMPING = 0.01
 """Share of the mean diagonal added to a Hessian, as GPTQ's authors do."""
 BLOCK = 128
 """Columns compensated at once where the format has no groups."""
-SHARED_INPUT = {"k": "q", "v": "q", "up": "gate"}
+SHARED_INPUT = {"k": "q", "v": "q", "gate": "up"}
 """Matrices that read the same vector share a Hessian."""
 
 
@@ -251,7 +251,7 @@ def compress(
     is taken as it is; embedding and head are w8 (left in float by the `float` recipe)."""
     found: dict[str, Tensor | QuantisedWeight] = {}
     for layer in range(checkpoint.config.layers):
-        for last in LINEARS:
+        for last in checkpoint.config.linear_shapes():
             name = f"layers.{layer}.{last}"
             stored = checkpoint.tensor(name)
             fmt = recipe.weight_format(stored.shape[1])

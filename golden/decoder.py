@@ -1,4 +1,4 @@
-"""The Llama decoder's skeleton: one order of operators, two arithmetics (golden.float_decoder, golden.exact_decoder).
+"""The decoder's skeleton: one order of operators, two arithmetics (golden.float_decoder, golden.exact_decoder).
 
 Letters: T tokens of a step (over all sequences of the batch), V vocabulary, Hq/Hkv query and KV heads, dh head
 size. A batch is a list of (tokens, cache); sequences may have different lengths. Matrix products see the
@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from golden.config import LlamaConfig
+from golden.config import DecoderConfig
 from golden.spec import KVStrataError
 
 Probe = Callable[[int, str, dict[str, Any]], None]
 """Called as probe(layer, operator, operands): every operand of a run can be taken out for a hardware check.
 
 Operators: `linear.{q,k,v,o,gate,up,down,head}`, `norm.{attn,ffn,final}`, `rope.{q,k}`, `kv`, `attention`,
-`gate`, `residual.{attn,ffn}`; layer is -1 for the final norm and the head.
+`gate`, `relu`, `residual.{attn,ffn}`; layer is -1 for the final norm and the head.
 """
 
 CHUNK_TOKENS = 512
@@ -31,7 +31,7 @@ CHUNK_TOKENS = 512
 class Decoder(ABC):
     """A decoder with an incremental KV cache: prefill and step-by-step give the same results."""
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: DecoderConfig) -> None:
         self.config = config
         self.probe: Probe | None = None
 
@@ -41,16 +41,16 @@ class Decoder(ABC):
         """An empty KV cache of one sequence, with a `length` in tokens."""
 
     @abstractmethod
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Rows [T, hidden] of the embedding."""
+    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Rows [T, hidden] of the embedding, with the learned positions of a model that has them."""
 
     @abstractmethod
     def norm(self, layer: int, name: str, x: Tensor) -> Tensor:
-        """RMSNorm `attn`, `ffn` or `final` of [T, hidden]."""
+        """Norm `attn`, `ffn` or `final` of [T, hidden]."""
 
     @abstractmethod
     def linear(self, layer: int, names: Sequence[str], x: Tensor) -> list[Tensor]:
-        """Matrix products [T, N] of one input with several weights (the input is quantised once)."""
+        """Matrix products [T, N] of one input with several weights (the input is quantised once), with their biases."""
 
     @abstractmethod
     def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, cache: Any) -> Tensor:
@@ -59,6 +59,10 @@ class Decoder(ABC):
     @abstractmethod
     def gate(self, layer: int, gate: Tensor, up: Tensor) -> Tensor:
         """silu(gate) * up."""
+
+    @abstractmethod
+    def relu(self, layer: int, x: Tensor) -> Tensor:
+        """max(x, 0)."""
 
     @abstractmethod
     def add(self, layer: int, name: str, x: Tensor, y: Tensor) -> Tensor:
@@ -104,18 +108,26 @@ class Decoder(ABC):
         return ids
 
     def _layers(self, batch: Sequence[tuple[Tensor, Any]]) -> Tensor:
-        x = self.embed(torch.cat([ids for ids, _ in batch]))
+        positions = [torch.arange(cache.length, cache.length + len(ids)) for ids, cache in batch]
+        x = self.embed(torch.cat([ids for ids, _ in batch]), torch.cat(positions))
         sizes = [len(ids) for ids, _ in batch]
         for layer in range(self.config.layers):
             q, k, v = self.linear(layer, ("q", "k", "v"), self.norm(layer, "attn", x))
             parts = zip(q.split(sizes), k.split(sizes), v.split(sizes), batch)
             mixed = torch.cat([self.attention(layer, qs, ks, vs, cache) for qs, ks, vs, (_, cache) in parts])
             x = self.add(layer, "attn", x, self.linear(layer, ("o",), mixed)[0])
-            gate, up = self.linear(layer, ("gate", "up"), self.norm(layer, "ffn", x))
-            x = self.add(layer, "ffn", x, self.linear(layer, ("down",), self.gate(layer, gate, up))[0])
+            units = self._units(layer, self.norm(layer, "ffn", x))
+            x = self.add(layer, "ffn", x, self.linear(layer, ("down",), units)[0])
         for ids, cache in batch:
             cache.length += len(ids)
         return x
+
+    def _units(self, layer: int, x: Tensor) -> Tensor:
+        """The feed-forward network's hidden units [T, ffn]."""
+        if not self.config.gated:
+            return self.relu(layer, self.linear(layer, ("up",), x)[0])
+        gate, up = self.linear(layer, ("gate", "up"), x)
+        return self.gate(layer, gate, up)
 
     def _head(self, x: Tensor) -> Tensor:
         return self.linear(-1, ("head",), self.norm(-1, "final", x))[0]

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from golden import attention, ops
 from golden.decoder import Decoder
+from golden.engine_form import BIASED, engine_form
 from golden.formats.weights import QuantisedWeight, fitting_group, quantise_weight
 from golden.lambda_window import LambdaWindow, attend_lambda
-from golden.loaders.checkpoint import LINEARS, Checkpoint
+from golden.loaders.checkpoint import Checkpoint
 from golden.ops import KVCodes
 from golden.spec import KVStrataError
 from golden.spec.formats import ATTN_TILE, KV_FORMATS, VEC_FRAC, W8, WEIGHT_FORMATS, KVFormat, WeightFormat
@@ -33,9 +34,27 @@ def engine_weight(checkpoint: Checkpoint, name: str, fmt: WeightFormat) -> Quant
 
 def engine_weights(checkpoint: Checkpoint, fmt: WeightFormat) -> dict[str, QuantisedWeight]:
     """Every matrix of a checkpoint: linears of the layers in `fmt`, embedding and head in w8."""
-    names = [f"layers.{i}.{name}" for i in range(checkpoint.config.layers) for name in LINEARS]
+    c = checkpoint.config
+    names = [f"layers.{i}.{name}" for i in range(c.layers) for name in c.linear_shapes()]
     found = {name: engine_weight(checkpoint, name, fmt) for name in names}
     return found | {name: engine_weight(checkpoint, name, W8) for name in {"embed", checkpoint.head_name}}
+
+
+def engine_biases(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """q16 biases of an engine form: `layers.{i}.{q,o,up,down}` and `norm`, the final one; none for a model without."""
+    if not checkpoint.config.biases:
+        return {}
+    names = [f"layers.{i}.{n}" for i in range(checkpoint.config.layers) for n in BIASED] + ["norm"]
+    return {n: ops.to_q16(checkpoint.float32(f"{n}_bias")) for n in names}
+
+
+def embedding_rows(
+    weight: QuantisedWeight, tokens: Tensor, table: Tensor | None, positions: Tensor
+) -> Tensor:
+    """q16 [T, hidden]: rows of a w8 embedding, plus rows of a q16 table of positions if there is one."""
+    scale = weight.scale[tokens].repeat_interleave(weight.format.group, 1)
+    rows = ops.embedding_row(weight.codes[tokens].long(), scale)
+    return rows if table is None else ops.residual(rows, table[positions])
 
 
 class SlotBuffer:
@@ -76,6 +95,9 @@ class ExactCache:
         self.v = [SlotBuffer(kv_heads, head_size) for _ in range(layers)]
 
 
+PRODUCT_BIASES = ("q", "up")
+"""Biases that join their product; the others join the residual stream before it."""
+RESIDUAL_BIASES = {"attn": "o", "ffn": "down"}
 QUERY_BLOCK = 128
 """Queries that attend at once: bounds memory and leaves out tiles beyond their causal end."""
 
@@ -89,7 +111,7 @@ class Prepared:
 
 
 class ExactDecoder(Decoder):
-    """Llama in integers.
+    """A decoder in integers: a checkpoint's engine form (golden.engine_form).
 
     Parameters: a checkpoint, the weight format of the layers (`w8`, `w4`, `w2`, `w2s24`) or ready-made
     QuantisedWeights by name, the KV format (`kv4`, `kv8`), a Lambda window (None: dense attention), and
@@ -105,6 +127,7 @@ class ExactDecoder(Decoder):
         window: LambdaWindow | None = None,
         k_offset: Tensor | None = None,
     ) -> None:
+        checkpoint = engine_form(checkpoint)
         super().__init__(checkpoint.config)
         self.window = window
         self.k_offset = k_offset
@@ -116,6 +139,8 @@ class ExactDecoder(Decoder):
         self.norms = {f"layers.{i}.{n}_norm": self._norm(checkpoint, f"layers.{i}.{n}_norm")
                       for i in range(c.layers) for n in ("attn", "ffn")}  # fmt: skip
         self.norms["norm"] = self._norm(checkpoint, "norm")
+        self.biases = engine_biases(checkpoint)
+        self.positions = None if c.rotates else ops.to_q16(checkpoint.float32("positions"))
 
     @staticmethod
     def _norm(checkpoint: Checkpoint, name: str) -> ops.NormWeight:
@@ -125,16 +150,16 @@ class ExactDecoder(Decoder):
         """An empty cache."""
         return ExactCache(self.config.layers, self.config.kv_heads, self.config.head_size)
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """q16 rows of the w8 embedding."""
-        weight = self.matrices["embed"].weight
-        scale = weight.scale[tokens].repeat_interleave(weight.format.group, 1)
-        return ops.embedding_row(weight.codes[tokens].long(), scale)
+    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Section 10: q16 rows of the w8 embedding, plus those of learned positions."""
+        return embedding_rows(self.matrices["embed"].weight, tokens, self.positions, positions)
 
     def norm(self, layer: int, name: str, x: Tensor) -> Tensor:
         """Section 5."""
         weight = self.norms["norm" if name == "final" else f"layers.{layer}.{name}_norm"]
         y = ops.rmsnorm(x, weight)
+        if name == "final" and "norm" in self.biases:
+            y = ops.residual(y, self.biases["norm"])
         self._observe(layer, f"norm.{name}", x=x, weight=weight, y=y)
         return y
 
@@ -147,6 +172,8 @@ class ExactDecoder(Decoder):
         matrix = self.matrices[self._head_name if name == "head" else f"layers.{layer}.{name}"]
         acc = ops.accumulate(a8.codes, matrix.integers)
         y = ops.scale_accumulator(acc, a8.mantissa, a8.exponent)
+        if name in PRODUCT_BIASES and self.biases:
+            y = ops.residual(y, self.biases[f"layers.{layer}.{name}"])
         self._observe(layer, f"linear.{name}", x=x, a8=a8, weight=matrix.weight, acc=acc, y=y)
         return y
 
@@ -154,12 +181,9 @@ class ExactDecoder(Decoder):
         """Sections 6, 7 and 8, causal; dense or by the Lambda window."""
         c, start, steps = self.config, cache.length, q.shape[0]
         positions = torch.arange(start, start + steps)
-        cos, sin = ops.rope_table(positions, c.head_size, c.rope_base)
         heads = {"q": q, "k": k, "v": v}
         heads = {n: x.view(steps, -1, c.head_size).transpose(0, 1) for n, x in heads.items()}
-        turned = {n: ops.rope(heads[n], cos, sin) for n in ("q", "k")}
-        for n in ("q", "k"):
-            self._observe(layer, f"rope.{n}", x=heads[n], cos=cos, sin=sin, y=turned[n])
+        turned = {n: self.rotate(layer, n, heads[n], positions) for n in ("q", "k")}
         key = turned["k"] if self.k_offset is None else self._centred(layer, turned["k"])
         new_k = ops.quantise_kv(key, self.kv_format.bits)
         new_v = ops.quantise_kv(heads["v"], self.kv_format.bits)
@@ -171,6 +195,15 @@ class ExactDecoder(Decoder):
         else:
             y = self._lambda_attention(layer, heads, turned["q"], positions, cache)
         return y.transpose(0, 1).reshape(steps, -1)
+
+    def rotate(self, layer: int, name: str, x: Tensor, positions: Tensor) -> Tensor:
+        """`q` or `k` [H, T, dh] turned by their positions; as they are without RoPE."""
+        if not self.config.rotates:
+            return x
+        cos, sin = ops.rope_table(positions, self.config.head_size, self.config.rope_base)
+        y = ops.rope(x, cos, sin)
+        self._observe(layer, f"rope.{name}", x=x, cos=cos, sin=sin, y=y)
+        return y
 
     def _centred(self, layer: int, k: Tensor) -> Tensor:
         assert self.k_offset is not None
@@ -196,15 +229,13 @@ class ExactDecoder(Decoder):
     def _lambda_attention(
         self, layer: int, heads: dict[str, Tensor], q: Tensor, positions: Tensor, cache: ExactCache
     ) -> Tensor:
-        c, window = self.config, self.window
+        window = self.window
         assert window is not None
         first, end = int(positions[0]), int(positions[-1]) + 1
         new_sinks = max(0, min(window.sinks, end) - first)
         if new_sinks:
             cache.sink_k[layer].write(first, ops.quantise_kv(heads["k"][:, :new_sinks], self.kv_format.bits))
-        q_limit = ops.rope(
-            heads["q"], *ops.rope_table(torch.tensor([window.limit]), c.head_size, c.rope_base)
-        )
+        q_limit = self.rotate(layer, "q", heads["q"], torch.tensor([window.limit]))
         k, v = cache.k[layer].view(end), cache.v[layer].view(end)
         sink_k = cache.sink_k[layer].view(min(window.sinks, end))
         y = attend_lambda(q, q_limit, k, v, sink_k, positions, window)
@@ -217,8 +248,16 @@ class ExactDecoder(Decoder):
         self._observe(layer, "gate", gate=gate, up=up, y=y)
         return y
 
+    def relu(self, layer: int, x: Tensor) -> Tensor:
+        """Section 9."""
+        y = ops.relu(x)
+        self._observe(layer, "relu", x=x, y=y)
+        return y
+
     def add(self, layer: int, name: str, x: Tensor, y: Tensor) -> Tensor:
-        """Section 10."""
+        """Section 10; the bias of the product comes first, as the engine adds it while the product is computed."""
+        if self.biases:
+            x = ops.residual(x, self.biases[f"layers.{layer}.{RESIDUAL_BIASES[name]}"])
         total = ops.residual(x, y)
         self._observe(layer, f"residual.{name}", x=x, y=y, sum=total)
         return total

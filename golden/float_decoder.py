@@ -10,7 +10,7 @@ from torch import Tensor
 from golden.decoder import Decoder
 from golden.formats.kv import codec
 from golden.formats.weights import QuantisedWeight
-from golden.loaders.checkpoint import LINEARS, Checkpoint
+from golden.loaders.checkpoint import Checkpoint
 from golden.ops import rope_angles
 from golden.policies import Dense, Heads, KVPolicy
 from golden.spec import KVStrataError
@@ -52,7 +52,7 @@ def rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:
 
 
 class FloatDecoder(Decoder):
-    """Llama in float32 or float64.
+    """A decoder in float32 or float64.
 
     Without options: the reference. With them, the algorithm level: `weights` replaces matrices by name (codes or
     pruned floats), `activations="a8"` rounds every matrix product's input to int8 per token, `kv` names a
@@ -75,10 +75,11 @@ class FloatDecoder(Decoder):
         self.codec = codec(kv)
         self.policy = policy or Dense(self.config.head_size, self.config.group)
         replaced = weights or {}
-        names = [
-            f"layers.{i}.{n}" for i in range(self.config.layers) for n in (*LINEARS, "attn_norm", "ffn_norm")
-        ]
-        names += [*{"embed", checkpoint.head_name}, "norm"]
+        parts = (*self.config.linear_shapes(), "attn_norm", "ffn_norm")
+        names = [f"layers.{i}.{n}" for i in range(self.config.layers) for n in parts] + ["norm"]
+        if self.config.biases:
+            names += [f"{n}_bias" for n in names]
+        names += [*{"embed", checkpoint.head_name}, *([] if self.config.rotates else ["positions"])]
         chosen = {n: replaced.get(n, checkpoint.tensors.get(n)) for n in names}
         self.tensors = {
             n: (
@@ -96,21 +97,30 @@ class FloatDecoder(Decoder):
         """An empty cache."""
         return FloatCache(self.config.layers)
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Rows of the embedding."""
-        return self.tensors["embed"][tokens]
+    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Rows of the embedding, plus those of the positions where they are learned."""
+        rows = self.tensors["embed"][tokens]
+        return rows if self.config.rotates else rows + self.tensors["positions"][positions]
 
     def norm(self, layer: int, name: str, x: Tensor) -> Tensor:
-        """x / sqrt(mean(x**2) + eps) * weight."""
-        weight = self.tensors["norm" if name == "final" else f"layers.{layer}.{name}_norm"]
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.config.norm_eps) * weight
+        """x / sqrt(mean(x**2) + eps) * weight + bias, of x less its mean where the norm is LayerNorm."""
+        name = "norm" if name == "final" else f"layers.{layer}.{name}_norm"
+        if self.config.norm == "layer":
+            x = x - x.mean(-1, keepdim=True)
+        y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.config.norm_eps) * self.tensors[name]
+        return self._biased(name, y)
+
+    def _biased(self, name: str, y: Tensor) -> Tensor:
+        bias = self.tensors.get(f"{name}_bias")
+        return y if bias is None else y + bias
 
     def linear(self, layer: int, names: Sequence[str], x: Tensor) -> list[Tensor]:
-        """x @ W.T."""
+        """x @ W.T + bias."""
         found = []
         x = a8(x) if self.activations == "a8" else x
         for name in names:
-            y = x @ self.tensors[self._head_name if name == "head" else f"layers.{layer}.{name}"].T
+            tensor = self._head_name if name == "head" else f"layers.{layer}.{name}"
+            y = self._biased(tensor, x @ self.tensors[tensor].T)
             self._observe(layer, f"linear.{name}", x=x, y=y)
             found.append(y)
         return found
@@ -135,11 +145,15 @@ class FloatDecoder(Decoder):
         return torch.cat(parts, 2).permute(2, 0, 1, 3).reshape(steps, -1)
 
     def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
-        return rotate(x, positions, self.config.rope_base)
+        return rotate(x, positions, self.config.rope_base) if self.config.rotates else x
 
     def gate(self, layer: int, gate: Tensor, up: Tensor) -> Tensor:
         """silu(gate) * up."""
         return torch.nn.functional.silu(gate) * up
+
+    def relu(self, layer: int, x: Tensor) -> Tensor:
+        """max(x, 0)."""
+        return x.clamp(min=0)
 
     def add(self, layer: int, name: str, x: Tensor, y: Tensor) -> Tensor:
         """x + y."""

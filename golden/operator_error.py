@@ -98,6 +98,22 @@ def rmsnorm_error() -> OperatorError:
     )
 
 
+def layernorm_error() -> OperatorError:
+    """Vectors as above with a mean of their own size, which is taken out before (golden.engine_form)."""
+    spread, weight, bias = _magnitudes(400, 576, 12, 29), 1 + 0.2 * _random(576), _random(576)
+    real = ops.from_q16(spread) + ops.from_q16(spread[:, :1])
+    centred = ops.to_q16(real - real.mean(-1, keepdim=True))
+    normed = ops.rmsnorm(centred, ops.prepare_norm(weight, 1e-5))
+    got = ops.from_q16(ops.residual(normed, ops.to_q16(bias)))
+    exact = torch.nn.functional.layer_norm(real, (576,), weight, bias, 1e-5)
+    return OperatorError(
+        "LayerNorm",
+        "n = 576, rms 2^-4 to 2^13, mean taken out before",
+        (got - exact).abs().max().item(),
+        "absolute (output rms 1)",
+    )
+
+
 def rope_error() -> OperatorError:
     """Positions 0 to 8191, vectors of size up to 2^9."""
     positions = torch.arange(8192)
@@ -164,8 +180,9 @@ def attention_error(bits: int) -> OperatorError:
 
 
 MEASUREMENTS: tuple[Callable[[], OperatorError], ...] = (
-    exp2_error, sigmoid_error, silu_error, reciprocal_error, rsqrt_error, rmsnorm_error, rope_error, a8_error,
-    lambda: kv_error(4), lambda: kv_error(8), product_error, lambda: attention_error(4), lambda: attention_error(8),
+    exp2_error, sigmoid_error, silu_error, reciprocal_error, rsqrt_error, rmsnorm_error, layernorm_error, rope_error,
+    a8_error, lambda: kv_error(4), lambda: kv_error(8), product_error,
+    lambda: attention_error(4), lambda: attention_error(8),
 )  # fmt: skip
 
 

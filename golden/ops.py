@@ -307,6 +307,11 @@ def gate_product(gate: Tensor, up: Tensor) -> Tensor:
     return sat(rnd_shift(silu(gate) * up, VEC_FRAC), VEC_BITS)
 
 
+def relu(x: Tensor) -> Tensor:
+    """max(x, 0) in q16."""
+    return x.clamp(min=0)
+
+
 # --- section 10: residual, embedding ------------------------------------------------------------------
 def residual(x: Tensor, y: Tensor) -> Tensor:
     """Saturating sum of two q16 vectors."""

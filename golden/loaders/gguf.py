@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from golden.config import LlamaConfig
+from golden.config import DecoderConfig
 from golden.formats.weights import QuantisedWeight, import_gguf_block
 from golden.loaders.checkpoint import Checkpoint, file_sha256
 from golden.loaders.tokenizer import tokenizer_from_gguf
@@ -87,7 +87,7 @@ def _convert(tensor: Any) -> Tensor | QuantisedWeight:
     return torch.from_numpy(values.copy()).reshape(shape)
 
 
-def _config(metadata: dict[str, Any], path: Path, tensors: dict[str, Any]) -> LlamaConfig:
+def _config(metadata: dict[str, Any], path: Path, tensors: dict[str, Any]) -> DecoderConfig:
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
         raise KVStrataError(f"a GGUF model must be of architecture llama, got {architecture} in {path}.")
@@ -104,7 +104,7 @@ def _config(metadata: dict[str, Any], path: Path, tensors: dict[str, Any]) -> Ll
     heads, hidden = int(need("attention.head_count")), int(need("embedding_length"))
     if "embed" not in tensors:
         raise KVStrataError(f"a Llama checkpoint must hold the tensor embed, missing in {path}.")
-    return LlamaConfig(
+    return DecoderConfig(
         name=str(metadata.get("general.name", path.stem)),
         layers=int(need("block_count")), hidden=hidden, heads=heads,
         kv_heads=int(metadata.get("llama.attention.head_count_kv", heads)),

@@ -140,10 +140,13 @@ class StorageDecoder(ExactDecoder):
 
     def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, cache: _StoredCache) -> Tensor:  # type: ignore[override]
         """Rotate, store, attend: every token over all tokens up to itself."""
-        c, steps = self.config, len(q)
-        cos, sin = ops.rope_table(torch.arange(cache.length, cache.length + steps), c.head_size, c.rope_base)
-        heads = [x.view(steps, -1, c.head_size) for x in (q, k, v)]
-        turned = [ops.rope(x.transpose(0, 1), cos, sin).transpose(0, 1) for x in heads[:2]]
+        steps = len(q)
+        positions = torch.arange(cache.length, cache.length + steps)
+        heads = [x.view(steps, -1, self.config.head_size) for x in (q, k, v)]
+        turned = [
+            self.rotate(layer, name, x.transpose(0, 1), positions).transpose(0, 1)
+            for name, x in zip(("q", "k"), heads)
+        ]
         cache.k[layer] = torch.cat([cache.k[layer], turned[1]])
         cache.v[layer] = torch.cat([cache.v[layer], heads[2]])
         return self.attend(layer, turned[0], cache.k[layer], cache.v[layer])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from golden.config import LlamaConfig
+from golden.config import DecoderConfig
 from golden.loaders.safetensors import config_from_json
 from golden.spec import KVStrataError
 
@@ -13,7 +13,7 @@ NOMINAL_NORM = (10, 1)
 """(f, En) that stands in for a norm weight when only instruction counts and cycles are asked for."""
 
 
-def read_config(path: str | Path) -> LlamaConfig:
+def read_config(path: str | Path) -> DecoderConfig:
     """A decoder's shape from config.json. KVStrataError for what is no JSON, no Llama or not complete."""
     try:
         stored = json.loads(Path(path).read_text())
@@ -22,6 +22,6 @@ def read_config(path: str | Path) -> LlamaConfig:
     return config_from_json(stored, str(path))
 
 
-def nominal_norms(model: LlamaConfig) -> tuple[tuple[int, int], ...]:
+def nominal_norms(model: DecoderConfig) -> tuple[tuple[int, int], ...]:
     """Stand-ins for every norm of a model."""
     return (NOMINAL_NORM,) * (2 * model.layers + 1)

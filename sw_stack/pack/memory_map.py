@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
-from golden.config import LlamaConfig
+from golden.config import DecoderConfig
 from golden.formats.weights import fitting_group
 from golden.spec import SPEC_VERSION, KVStrataError
 from golden.spec.engine import STEP, WORD_BYTES, EngineConfig, KVLayout, StreamFormat, weight_stream
@@ -75,7 +75,7 @@ class Region:
 class MemoryMap:
     """The map of one model on one engine. `slots` is the context rounded up to whole attention tiles."""
 
-    model: LlamaConfig
+    model: DecoderConfig
     engine: EngineConfig
     weights: str
     kv: str
@@ -91,6 +91,10 @@ class MemoryMap:
         if not 1 <= self.context <= self.model.context:
             raise KVStrataError(
                 f"the context must be 1 to the model's {self.model.context} tokens; got {self.context}"
+            )
+        if self.model.norm != "rms":
+            raise KVStrataError(
+                f"the engine has RMSNorm and runs a model's engine form; got norm {self.model.norm}"
             )
         if self.model.head_size % STEP or self.model.hidden % STEP or self.model.ffn % STEP:
             raise KVStrataError(
@@ -236,7 +240,7 @@ class MemoryMap:
                 f"an image is of spec version {SPEC_VERSION!r}; got {stored.get('spec_version')!r}: pack it again"
             )
         try:
-            model = LlamaConfig(**stored["model"])  # type: ignore[arg-type]
+            model = DecoderConfig(**stored["model"])  # type: ignore[arg-type]
             engine = EngineConfig(**stored["engine"])  # type: ignore[arg-type]
             return cls(model, engine, stored["weights"], stored["kv"], stored["context"])  # type: ignore[arg-type]
         except (KeyError, TypeError, ValueError) as error:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from golden.config import LlamaConfig
+from golden.config import DecoderConfig
 from golden.formats.weights import QuantisedWeight, fitting_group
 from golden.spec.engine import WORD_BYTES, EngineConfig, Op
 from golden.spec.formats import VEC_FRAC, W8, WEIGHT_FORMATS, WeightFormat
@@ -26,9 +26,9 @@ from sw_stack.pack.memory_map import MemoryMap
 from sw_stack.rtl.matvec import random_codes
 
 
-def llama_2_7b(layers: int = 1, vocab: int = 64, context: int = 1024) -> LlamaConfig:
+def llama_2_7b(layers: int = 1, vocab: int = 64, context: int = 1024) -> DecoderConfig:
     """The published shape, with as many layers, words and slots as a run needs."""
-    return LlamaConfig(
+    return DecoderConfig(
         "llama-2-7b", layers, hidden=4096, heads=32, kv_heads=32, head_size=128, ffn=11008, vocab=vocab,
         context=context, rope_base=10000.0, norm_eps=1e-5,
     )  # fmt: skip
@@ -66,7 +66,7 @@ class Layer:
 
 
 def random_layer(
-    folder: Path, model: LlamaConfig, engine: EngineConfig, weights: str, seed: int = 1
+    folder: Path, model: DecoderConfig, engine: EngineConfig, weights: str, seed: int = 1
 ) -> Layer:
     """Draw, pack and compile; KV4, the model's whole context in use."""
     rng = np.random.default_rng(seed)
@@ -82,7 +82,7 @@ def random_layer(
     return Layer(image, compile_model(memory_map, image.norm_exponents, 1))
 
 
-def random_hidden(model: LlamaConfig, seed: int = 2) -> np.ndarray:
+def random_hidden(model: DecoderConfig, seed: int = 2) -> np.ndarray:
     """A residual stream of unit size in Q16."""
     return (np.random.default_rng(seed).standard_normal(model.hidden) * (1 << VEC_FRAC)).astype(np.int32)
 
@@ -152,13 +152,13 @@ class Predicted:
 
 
 def predict(
-    engine: EngineConfig, weights: str, model: LlamaConfig, model_layers: int, memory: MemoryModel
+    engine: EngineConfig, weights: str, model: DecoderConfig, model_layers: int, memory: MemoryModel
 ) -> Predicted:
     """Decode at the end of the context: a layer is what the second one adds; then all layers and the head."""
     timing, cycles, words = MemoryTiming.of(memory), [], []
     for layers in (1, 2):
         memory_map = MemoryMap(
-            LlamaConfig(**{**vars(model), "layers": layers}), engine, weights, "kv4", model.context
+            DecoderConfig(**{**vars(model), "layers": layers}), engine, weights, "kv4", model.context
         )
         programs = compile_model(memory_map, ((0, 1 << 20),) * (2 * layers + 1), 1)
         registers = _registers(memory_map)

@@ -83,7 +83,7 @@ def test_calibration_collects_what_each_matrix_reads(tiny):
         decoder.forward(w, decoder.new_cache())
     x = torch.cat(seen).double()
     assert torch.allclose(hessian_of(hessians, "layers.1.up"), x.T @ x)
-    assert set(hessians) == {f"layers.{i}.{n}" for i in (0, 1) for n in ("q", "o", "gate", "down")}
+    assert set(hessians) == {f"layers.{i}.{n}" for i in (0, 1) for n in ("q", "o", "up", "down")}
 
 
 def test_bits_are_those_of_the_packed_image(tiny):
@@ -111,9 +111,9 @@ def test_missing_calibration_is_named(layer):
     with pytest.raises(KVStrataError, match="the recipe w4 gptq needs calibration, got none"):
         compress_matrix(layer[0], Recipe("w4", rounding="gptq"))
     with pytest.raises(
-        KVStrataError, match=r"calibration must cover layers\.0\.up, got no inputs for layers\.0\.gate"
+        KVStrataError, match=r"calibration must cover layers\.0\.gate, got no inputs for layers\.0\.up"
     ):
-        hessian_of({}, "layers.0.up")
+        hessian_of({}, "layers.0.gate")
 
 
 @pytest.mark.parametrize("kv", ["kv8", "kv4", "kivi4", "kivi2"])

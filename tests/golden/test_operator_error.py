@@ -9,7 +9,8 @@ from golden import operator_error
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "formats.md"
 PROMISED = {
     "exp2(-x)": 2**-14, "sigmoid": 2**-14, "SiLU": 2**-14, "1/L of softmax and scales": 2**-15, "1/sqrt(u)": 2**-15,
-    "RMSNorm": 2**-12, "RoPE": 2**-13, "A8": 0.51, "KV4": 0.51, "KV8": 0.51, "matrix product": 0.76,
+    "RMSNorm": 2**-12, "LayerNorm": 2**-12, "RoPE": 2**-13, "A8": 0.51, "KV4": 0.51, "KV8": 0.51,
+    "matrix product": 0.76,
     "attention, KV4": 1 / 64, "attention, KV8": 1 / 64,
 }  # fmt: skip
 

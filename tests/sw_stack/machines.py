@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from golden.config import LlamaConfig
+from golden.config import DecoderConfig
 from golden.exact_decoder import ExactDecoder
 from golden.loaders import Checkpoint
 from golden.spec.engine import SMALL, EngineConfig
@@ -19,11 +19,11 @@ from sw_stack.pack.image import Image, pack_checkpoint
 from sw_stack.pack.memory_map import MemoryMap
 from sw_stack.runtime.session import Session
 
-SHAPE = LlamaConfig("random", layers=2, hidden=128, heads=4, kv_heads=2, head_size=32, ffn=192, vocab=160,
+SHAPE = DecoderConfig("random", layers=2, hidden=128, heads=4, kv_heads=2, head_size=32, ffn=192, vocab=160,
                     context=128, rope_base=10000.0, norm_eps=1e-5)  # fmt: skip
 
 
-def random_checkpoint(config: LlamaConfig = SHAPE, seed: int = 1) -> Checkpoint:
+def random_checkpoint(config: DecoderConfig = SHAPE, seed: int = 1) -> Checkpoint:
     """Gaussian weights whose products keep unit size."""
     rng = torch.Generator().manual_seed(seed)
 
@@ -59,7 +59,7 @@ MakeMachine = Callable[..., Machine]
 
 def make_machine(
     folder: Path,
-    model: Checkpoint | LlamaConfig = SHAPE,
+    model: Checkpoint | DecoderConfig = SHAPE,
     engine: EngineConfig = SMALL,
     weights: str = "w4",
     kv: str = "kv4",

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from golden.config import LlamaConfig
+from golden.config import DecoderConfig
 from golden.loaders import Checkpoint
 from golden.spec import KVStrataError
 from golden.spec.engine import INSTRUCTION_BYTES, SMALL, TINY, U280, EngineConfig, Error, Op, decode
@@ -19,7 +19,7 @@ from sw_stack.device.protocol import DeviceFault
 from sw_stack.pack.memory_map import MemoryMap
 from tests.sw_stack.machines import SHAPE, MakeMachine
 
-LLAMA_7B = LlamaConfig("llama-2-7b", layers=32, hidden=4096, heads=32, kv_heads=32, head_size=128, ffn=11008,
+LLAMA_7B = DecoderConfig("llama-2-7b", layers=32, hidden=4096, heads=32, kv_heads=32, head_size=128, ffn=11008,
                        vocab=32000, context=4096, rope_base=1e4, norm_eps=1e-5)  # fmt: skip
 GROUP3 = dataclasses.replace(SHAPE, hidden=192, heads=6, kv_heads=2, head_size=32, ffn=128)
 GROUP3_WIDE = dataclasses.replace(GROUP3, head_size=64)
@@ -49,7 +49,7 @@ def prompt(vocab: int, n: int, seed: int = 0) -> list[int]:
     ids=lambda x: getattr(x, "name", x),
 )
 def test_prefill_and_decode_equal_the_golden_decoder(
-    machine: MakeMachine, shape: LlamaConfig, engine: EngineConfig, weights: str, kv: str
+    machine: MakeMachine, shape: DecoderConfig, engine: EngineConfig, weights: str, kv: str
 ) -> None:
     made = machine(shape, engine, weights, kv, context=96)
     session, cache = made.session(seed=7), made.golden.new_cache()

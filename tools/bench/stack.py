@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from golden.config import LlamaConfig
+from golden.config import DecoderConfig
 from golden.llama import load_model
 from golden.spec.engine import SMALL, U280, WORD_BYTES
 from golden.spec.memory import MemoryModel
@@ -18,7 +18,7 @@ from sw_stack.compile.shapes import nominal_norms
 from sw_stack.pack.image import pack_checkpoint
 from sw_stack.pack.memory_map import MemoryMap
 
-LLAMA_7B = LlamaConfig("llama-2-7b", layers=32, hidden=4096, heads=32, kv_heads=32, head_size=128, ffn=11008,
+LLAMA_7B = DecoderConfig("llama-2-7b", layers=32, hidden=4096, heads=32, kv_heads=32, head_size=128, ffn=11008,
                        vocab=32000, context=4096, rope_base=1e4, norm_eps=1e-5)  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from golden import ops
 from golden.ops import A8, KVCodes, bitlen, int24, rnd_shift, sat
 from golden.spec import KVStrataError
+from golden.spec.engine import SOFTMAX_EMPTY
 from golden.spec.formats import ACC_PRESHIFT, ATTN_TILE, L_EXTRA_FRAC, P_CODE_BITS, P_FRAC, VEC_BITS, VEC_FRAC
 
 HEAD_SIZE_MAX = 256
@@ -47,8 +48,8 @@ class Partial(NamedTuple):
     o: Tensor
 
 
-EMPTY_M = -(1 << 20)
-"""Maximum of a partial that has seen no live slot: below every score (scores reach -2**15)."""
+EMPTY_M = SOFTMAX_EMPTY
+"""Maximum of a partial that has seen no live slot."""
 
 
 def scores(q: A8, k: KVCodes, scale: ScoreScale) -> Tensor:

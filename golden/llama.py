@@ -14,6 +14,7 @@ from torch import Tensor
 from golden.decoder import Decoder
 from golden.exact_decoder import ExactDecoder
 from golden.float_decoder import FloatDecoder
+from golden.lambda_window import LambdaWindow
 from golden.loaders import Checkpoint, load
 from golden.ops import argmax_lowest
 from golden.spec import KVStrataError
@@ -22,15 +23,24 @@ from golden.spec.formats import KV_FORMATS, WEIGHT_FORMATS
 LEVELS = ("float", "exact")
 
 
-def build(checkpoint: Checkpoint, level: str = "float", weights: str = "w4", kv: str = "kv4") -> Decoder:
-    """A decoder at a level: `float` (float32 reference) or `exact` (engine integers, weights and kv formats)."""
+def build(
+    checkpoint: Checkpoint,
+    level: str = "float",
+    weights: str = "w4",
+    kv: str = "kv4",
+    window: LambdaWindow | None = None,
+) -> Decoder:
+    """A decoder at a level: `float` (float32 reference) or `exact` (engine integers, weights and kv formats, dense or
+    over a Lambda window)."""
     if level not in LEVELS:
         raise KVStrataError(f"a level must be one of {', '.join(LEVELS)}, got {level}.")
     if weights not in WEIGHT_FORMATS:
         raise KVStrataError(f"a weight format must be one of {', '.join(WEIGHT_FORMATS)}, got {weights}.")
     if kv not in KV_FORMATS:
         raise KVStrataError(f"a KV format must be one of {', '.join(KV_FORMATS)}, got {kv}.")
-    return FloatDecoder(checkpoint) if level == "float" else ExactDecoder(checkpoint, weights, kv)
+    if level == "float" and window:
+        raise KVStrataError("policy lambda is of level exact or of a device, got level float.")
+    return FloatDecoder(checkpoint) if level == "float" else ExactDecoder(checkpoint, weights, kv, window)
 
 
 @dataclass(frozen=True)

@@ -368,7 +368,16 @@ FIELDS: dict[Op, tuple[tuple[str, int], ...]] = {
     Op.QUANT: (*_VECTOR, ("factor", 16), ("exponent", 6)),
     Op.ROPE: _VECTOR,
     Op.GATE: _VECTOR,
-    Op.SOFTMAX: (*_VECTOR, ("vec_group", 5), ("sinks", 12), ("low", 16), ("high", 16)),
+    Op.SOFTMAX: (
+        *_VECTOR,
+        ("vec_group", 5),
+        ("sinks", 12),
+        ("low", 16),
+        ("high", 16),
+        ("sinks_reg", 4),  # register added to `sinks`: how many are live may grow
+        ("export", 1),  # write each vector's softmax state (SOFTMAX_STATE)
+        ("state", 20),  # VB word of vector 0's state; vector v's is `state + v`
+    ),
     Op.KVQUANT: (*_VECTOR, ("bits", 4)),
     Op.ADD: _VECTOR,
     Op.READ: (("addr", 32), ("count", 16), ("vectors", 8), ("stride", 24), ("dst", 20), ("dst_stride", 16)),
@@ -387,6 +396,14 @@ FIELDS: dict[Op, tuple[tuple[str, int], ...]] = {
     Op.HALT: (("interrupt", 1),),
 }
 """Fields after the common ones, field 0 in the low bits; the rest of the 256 bits is zero."""
+
+
+SOFTMAX_STATE = ("maximum", "sum_low", "sum_high")
+"""Elements 0 to 2 of an exported state word, 32 bits each: the running maximum M in whole log2 units (signed;
+docs/formats.md section 8) and the sum l, unit 2^-(P_FRAC + L_EXTRA_FRAC), at most 48 bits. Without a live slot
+M = SOFTMAX_EMPTY and l = 0. The other elements of the word keep what they held."""
+SOFTMAX_EMPTY = -(1 << 20)
+"""M before any live slot: below every score (they reach -2^15)."""
 
 
 def fields(op: Op) -> tuple[tuple[str, int], ...]:

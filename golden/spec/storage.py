@@ -81,6 +81,16 @@ def channel_pages(tokens: int, head_size: int, m: int) -> int:
     return ceil(tokens / tokens_per_channel_page(m)) * (head_size // m)
 
 
+# --- widths of the softmax ------------------------------------------------------------------------------
+SCORE_FRAC = 16
+SCORE_BITS = 29
+"""A score: signed, log2 units, Q16, saturating at +-4096. Eight of them add up in 32 bits."""
+MAXIMUM_BITS = SCORE_BITS - SCORE_FRAC + 1
+"""A running maximum: signed, whole log2 units."""
+L_BITS = 58
+"""Running softmax sum: unsigned, unit 2**-40, holds 2**17 tokens."""
+
+
 # --- records ----------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Record:
@@ -244,13 +254,15 @@ COMPLETION = Record(
 )
 """One per job. `index`: of the offending page, where one is to blame."""
 
+SOFTMAX_STATE = Record("softmax_state", (("maximum", MAXIMUM_BITS), ("sum", L_BITS)))
+"""What the softmax of a query ended in, beside every element of its output: the running maximum in whole log2 units
+(signed) and the sum, unit 2^-40. Of SparF those of the approximate pass, which are over all tokens. Partials of
+disjoint tokens merge by them (docs/nvme.md)."""
+
 COUNTERS = ("cycles", "pages", "beats", "kernel_busy", "kernel_wait", "requests", "jobs", "failed_jobs")
 """Performance counters, 48 bits each, in the order of their register addresses; cleared by config."""
 
 # --- arithmetic -------------------------------------------------------------------------------------
-SCORE_FRAC = 16
-SCORE_BITS = 29
-"""A score: signed, log2 units, Q16, saturating at +-4096. Eight of them add up in 32 bits."""
 SCALE_BITS = 17
 SCALE_FRAC = 19
 SOFTMAX_SCALE = {dh: round(2**SCALE_FRAC / sqrt(dh) * log2(2.718281828459045)) for dh in HEAD_SIZES}
@@ -260,8 +272,6 @@ RATIO_FRAC = 24
 P_FRAC = 24
 """A probability is an fp16 number; every fp16 number is a multiple of 2**-24."""
 L_EXTRA_FRAC = 16
-L_BITS = 58
-"""Running softmax sum: unsigned, unit 2**-40, holds 2**17 tokens."""
 RECIPROCAL_BITS = 17
 ALPHA_FRAC = 16
 EXP2_SEGMENTS_LOG2 = 6

@@ -55,7 +55,10 @@ class Sparsity:
 
 @dataclass(frozen=True)
 class Split:
-    """FPGA+CSD: the first `sinks` and the last `window` tokens on the engine, those between in the drive."""
+    """FPGA+CSD: the first `sinks` and the last `window` tokens on the engine, those between in the drive.
+
+    The engine has a slot per token until all sinks + window are taken; then a new token takes the oldest one's place.
+    """
 
     sinks: int = 4
     window: int = 64
@@ -70,14 +73,36 @@ class Split:
         """Tokens of a context that the drive holds: [sinks, sinks + older)."""
         return max(0, tokens - self.window - self.sinks)
 
+    def slot(self, token: int) -> int:
+        """Slot of a token's K and V on the engine."""
+        return token if token < self.sinks else self.sinks + (token - self.sinks) % self.window
+
+    def held(self, tokens: int) -> list[int]:
+        """The token in each live slot, at a context of `tokens` tokens."""
+        kept = [t for t in range(tokens) if t < self.sinks or t >= self.sinks + self.older(tokens)]
+        return sorted(kept, key=self.slot)
+
+
+class EngineShare(NamedTuple):
+    """What the engine makes of its tokens: softmax maximum m and sum l [...], and outputs y Q16 [..., dh]."""
+
+    m: Tensor
+    l: Tensor
+    y: Tensor
+
+    @classmethod
+    def of(cls, partial: attention.Partial) -> EngineShare:
+        """Of an unfinished partial."""
+        return cls(partial.m, partial.l, attention.finish(partial))
+
 
 def half(x: Tensor) -> np.ndarray:
     """Q16 to binary16, nearest, ties to even."""
     return ops.from_q16(x).numpy().astype(np.float16)
 
 
-def merge(engine: attention.Partial, outputs: Tensor, maximum: Tensor, total: Tensor) -> Tensor:
-    """Q16 [..., dh] of an engine partial [...] and a drive's outputs (Q16) with their softmax state [...].
+def merge(engine: EngineShare, outputs: Tensor, maximum: Tensor, total: Tensor) -> Tensor:
+    """Q16 [..., dh] of the engine's share [...] and a drive's outputs (Q16) with their softmax state [...].
 
     Weights `l * 2^M` in a common unit, the engine's share as Q16 (floor), one rounding: exact integers, and the
     engine's output alone where the drive holds nothing (total 0).
@@ -90,15 +115,8 @@ def merge(engine: attention.Partial, outputs: Tensor, maximum: Tensor, total: Te
     mine, other = mine >> surplus, other >> surplus
     share = torch.div(mine << MERGE_FRAC, (mine + other).clamp(min=1), rounding_mode="floor")
     share = torch.where(live, share, (engine.l > 0).long() << MERGE_FRAC)[..., None]
-    blended = share * attention.finish(engine) + ((1 << MERGE_FRAC) - share) * outputs
+    blended = share * engine.y + ((1 << MERGE_FRAC) - share) * outputs
     return ops.rnd_shift(blended, MERGE_FRAC)
-
-
-def merged_row(engine: attention.Partial, outputs: Tensor, maximum: Tensor, total: Tensor) -> Tensor:
-    """[1, Hq * dh] of an engine partial [Hkv, G] and drive state [Hq]."""
-    shape = engine.l.shape
-    merged = merge(engine, outputs.view(*shape, -1), maximum.view(shape), total.view(shape))
-    return merged.flatten()[None]
 
 
 def engine_partial(q: Tensor, keys: Tensor, values: Tensor, bits: int) -> attention.Partial:
@@ -195,8 +213,15 @@ class StorageDecoder(ExactDecoder):
 class HybridDecoder(StorageDecoder):
     """The exact decoder with attention split between engine and drive."""
 
-    def __init__(self, checkpoint: Checkpoint, split: Split, weights: str = "w4", kv: str = "kv4") -> None:
-        super().__init__(checkpoint, weights)
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        split: Split,
+        weights: str = "w4",
+        kv: str = "kv4",
+        sparsity: Sparsity | None = None,
+    ) -> None:
+        super().__init__(checkpoint, weights, sparsity)
         self.split, self.bits = split, KV_FORMATS[kv].bits
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -207,14 +232,15 @@ class HybridDecoder(StorageDecoder):
         """Engine over sinks and window, in-storage attention over the tokens between, merged."""
         first, older = self.split.sinks, self.split.older(len(k))
         between = slice(first, first + older)
-        near = torch.tensor([i for i in range(len(k)) if i < first or i >= first + older])
-        partial = engine_partial(q, k[near], v[near], self.bits)
+        near = torch.tensor(self.split.held(len(k)))
+        partial = EngineShare.of(engine_partial(q, k[near], v[near], self.bits))
+        own = EngineShare(*(x.flatten(0, 1) for x in partial))
         if not older:
-            return attention.finish(partial).flatten()
+            return own.y.flatten()
         outcomes = [self.head(layer, q, k[between], v[between], h) for h in range(self.config.kv_heads)]
         outputs = ops.to_q16(np.concatenate([y for y, _ in outcomes]).astype(np.float64))
         maximum, total = (
             torch.from_numpy(np.concatenate([getattr(state, n) for _, state in outcomes]))
             for n in ("maximum", "sum")
         )
-        return merged_row(partial, outputs, maximum, total)[0]
+        return merge(own, outputs, maximum, total).flatten()

@@ -126,6 +126,8 @@ class Dispatch(wiring.Component):
                         target.signal.eq(f["signal"]),
                         target.pc.eq(self.i.p.pc),
                     ]
+                    if op is Op.SOFTMAX:
+                        f["sinks_live"] = self.registers[f["sinks_reg"]]
                     values = {**f, "addr": (f["addr"] + address)[:32], "count": (f["count"] + count)[:24]}
                     m.d.sync += self._assign(op, target.op, values)
 
@@ -140,6 +142,8 @@ class Dispatch(wiring.Component):
             }
         elif op in (Op.READ, Op.WRITE):
             extra = {"write": int(op is Op.WRITE)}
+        elif op is Op.SOFTMAX:
+            extra = {"sinks": f["sinks"] + f["sinks_live"]}
         elif op in (Op.APPEND_K, Op.APPEND_V):
             extra = {"values": int(op is Op.APPEND_V)}
         sources = {**f, **extra}

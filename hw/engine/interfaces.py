@@ -109,6 +109,8 @@ class VectorOp(data.Struct):
     sinks: 12
     low: 16
     high: 16
+    export: 1
+    state: VB_ADDR
     bits: 4
 
 

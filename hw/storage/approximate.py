@@ -9,12 +9,11 @@ from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import ceil_log2
 
-from golden.spec.storage import ALPHA_FRAC, GROUP_TOKENS, L_BITS, L_EXTRA_FRAC, RECIPROCAL_BITS
+from golden.spec.storage import ALPHA_FRAC, GROUP_TOKENS, L_BITS, L_EXTRA_FRAC, MAXIMUM_BITS, RECIPROCAL_BITS
 from hw.lib.arith import Divider, bit_length
 from hw.lib.memories import TypedMemory
 from hw.storage.fp import _registered, pipe
 from hw.storage.lane import PROBABILITY
-from hw.storage.softmax import MAXIMUM_BITS
 from hw.storage.topk.unit import TopK
 
 _PIPE = 5

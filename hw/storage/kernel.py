@@ -23,7 +23,7 @@ from hw.storage import lane as at
 from hw.storage.fp import UNPACKED, Unpack16, pipe
 from hw.storage.gemv import OPERANDS
 from hw.storage.lane import QueryLane
-from hw.storage.normalise import OUTPUT, Normaliser
+from hw.storage.normalise import OUTPUT, STATE, Normaliser
 from hw.storage.softmax import RING
 
 
@@ -74,6 +74,8 @@ class AttentionKernel(wiring.Component):
     - `i`: beats. `o`: output elements. `scale`, `alpha`, `poison`: of the approximate pass and of the mix, per lane,
       held by the sequencer from the START beat on.
     - `key`: pooled scores of the approximate pass in token order. `probability`: what the softmax of each lane gives.
+    - `softmax`: state of the query whose element stands at `o`; `state`: what it is for the mix, from the approximate
+      pass, held like `alpha`.
     - `idle`: nothing is in flight but output elements; `sum` and `poisoned` are those of the pass that has ended.
 
     Timing: `hw.storage.timing` has the closed forms. A K or V block takes one cycle per beat; nothing inside stalls.
@@ -88,6 +90,8 @@ class AttentionKernel(wiring.Component):
             {
                 "i": In(stream.Signature(BEAT)),
                 "o": Out(stream.Signature(OUTPUT)),
+                "softmax": Out(STATE),
+                "state": In(STATE).array(lanes),
                 "scale": In(SCALE).array(lanes),
                 "alpha": In(ALPHA_FRAC + 1).array(lanes),
                 "poison": In(1).array(lanes),
@@ -117,6 +121,7 @@ class AttentionKernel(wiring.Component):
             ]
         m.submodules.normaliser = normaliser = Normaliser(self._lanes)
         connect(m, wiring.flipped(self.o), normaliser.output)
+        m.d.comb += self.softmax.eq(normaliser.softmax)
 
         control = Signal(at.CONTROL)
         self._busy = Signal()
@@ -370,6 +375,10 @@ class AttentionKernel(wiring.Component):
         for index, lane in enumerate(lanes):
             m.d.comb += [
                 normaliser.sums[index].eq(lane.sum),
+                normaliser.states[index].sum.eq(Mux(head.sparse, self.state[index].sum, lane.sum)),
+                normaliser.states[index].maximum.eq(
+                    Mux(head.sparse, self.state[index].maximum, lane.probability.maximum)
+                ),
                 normaliser.poisoned[index].eq(lane.poisoned | (head.sparse & self.poison[index])),
                 normaliser.alpha[index].eq(Mux(head.sparse, self.alpha[index], 1 << ALPHA_FRAC)),
             ]

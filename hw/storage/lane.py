@@ -9,7 +9,7 @@ from amaranth.lib import data, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
-from golden.spec.storage import BEAT_ELEMENTS, L_BITS, SCALE_BITS
+from golden.spec.storage import BEAT_ELEMENTS, L_BITS, MAXIMUM_BITS, SCALE_BITS
 from hw.storage.fp import (
     SCORE_FLAGS,
     UNPACK_LATENCY,
@@ -22,7 +22,7 @@ from hw.storage.fp import (
     pipe,
 )
 from hw.storage.gemv import LANES_32, OPERANDS, BeatTree, DotUnit
-from hw.storage.softmax import MAXIMUM_BITS, RING, SoftmaxLane
+from hw.storage.softmax import RING, SoftmaxLane
 
 OPERAND_TIME = UNPACK_LATENCY
 """When both operands enter the multipliers."""

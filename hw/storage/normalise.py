@@ -4,17 +4,22 @@ One pipeline serves the queries of a kernel one after the other; dense attention
 v-bar = 0, so both go the same way.
 """
 
-from amaranth import Array, Cat, Module, Mux, Signal, unsigned
+from amaranth import Array, Cat, Module, Mux, Signal, signed, unsigned
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
-from golden.spec.storage import ALPHA_FRAC, F32_NAN, L_BITS, RECIPROCAL_BITS
+from golden.spec.storage import ALPHA_FRAC, F32_NAN, L_BITS, MAXIMUM_BITS, RECIPROCAL_BITS
 from hw.lib.arith import Divider, bit_length
 from hw.lib.streams import StreamFIFO, connect
 from hw.storage.fp import Add32, MulInt32, ToFp16, _registered, pipe
 
 OUTPUT = data.StructLayout({"data": 16, "query": 3, "element": 7, "last": 1})
 """One element of the attention output; `last` with the last element of the last query."""
+
+STATE = data.StructLayout({"maximum": signed(MAXIMUM_BITS), "sum": unsigned(L_BITS)})
+"""golden.spec.storage.SOFTMAX_STATE."""
+STATES = 4
+"""States of queries with elements under way: the output queue holds 64, at least a query's worth."""
 
 _READ = 1
 """Cycles from an element's address to its value."""
@@ -34,6 +39,7 @@ class Normaliser(wiring.Component):
     - `start`: begin; `wide`, `queries` (number - 1), `sums`, `poisoned`, `alpha` hold until `busy` falls.
     - `address` (element) and `query` select `o` (binary32), due one cycle later, and `mean` (v-bar, binary32), two.
     - `output`: the elements, query after query. `busy` until the last has entered the output queue.
+    - `states` go in with `sums`; `softmax` is that of the query whose element stands at `output`.
     """
 
     def __init__(self, lanes: int):
@@ -44,6 +50,7 @@ class Normaliser(wiring.Component):
                 "wide": In(1),
                 "queries": In(3),
                 "sums": In(unsigned(L_BITS)).array(lanes),
+                "states": In(STATE).array(lanes),
                 "poisoned": In(1).array(lanes),
                 "alpha": In(ALPHA_FRAC + 1).array(lanes),
                 "address": Out(7),
@@ -52,6 +59,7 @@ class Normaliser(wiring.Component):
                 "mean": In(32),
                 "busy": Out(1),
                 "output": Out(stream.Signature(OUTPUT)),
+                "softmax": Out(STATE),
             }
         )
 
@@ -62,6 +70,13 @@ class Normaliser(wiring.Component):
         m.submodules.divider = divider = Divider(34, RECIPROCAL_BITS, RECIPROCAL_BITS, digits=1)
         connect(m, wiring.flipped(self.output), queue.o)
 
+        m.submodules.held = held = StreamFIFO(STATE, STATES)
+        last_element = Mux(self.wide, 127, 63)
+        left = self.output.valid & self.output.ready
+        m.d.comb += [
+            self.softmax.eq(held.o.payload),
+            held.o.ready.eq(left & (self.output.p.element == last_element)),
+        ]
         query, element = Signal(3), Signal(7)
         m.d.comb += [self.query.eq(query), self.address.eq(element)]
         total = _registered(m, "total", Array(self.sums)[query])
@@ -70,7 +85,6 @@ class Normaliser(wiring.Component):
         top = Signal(RECIPROCAL_BITS)
         reciprocal, exponent = Signal(RECIPROCAL_BITS), Signal(6)
         alpha, rest = Signal(ALPHA_FRAC + 1), Signal(ALPHA_FRAC + 1)
-        last_element = Mux(self.wide, 127, 63)
         issue = Signal()
         m.d.comb += [divider.i.p.n.eq((1 << 33) - 1), divider.i.p.d.eq(top)]
         m.d.comb += self.busy.eq(1)
@@ -90,6 +104,11 @@ class Normaliser(wiring.Component):
             with m.State("measure"):
                 m.next = "count"
             with m.State("count"):
+                m.d.comb += [
+                    held.i.valid.eq(1),
+                    held.i.p.sum.eq(Array(state.sum for state in self.states)[query]),
+                    held.i.p.maximum.eq(Array(state.maximum for state in self.states)[query]),
+                ]
                 m.d.sync += [
                     exponent.eq(length - 24),
                     zeros.eq(L_BITS - length),

@@ -9,13 +9,20 @@ from amaranth.lib import wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
-from golden.spec.storage import EXP2_TABLE, GROUP_TOKENS, L_BITS, L_EXTRA_FRAC, SCORE_BITS, SCORE_FRAC
+from golden.spec.storage import (
+    EXP2_TABLE,
+    GROUP_TOKENS,
+    L_BITS,
+    L_EXTRA_FRAC,
+    MAXIMUM_BITS,
+    SCORE_BITS,
+    SCORE_FRAC,
+)
 from hw.storage.fp import SCORE_FLAGS, _registered, pipe
 
 RING = 8
 """Groups between the first score of a group and the last use of its probabilities: from an approximate score to the
 last probability of its group about 100 cycles pass, in which six more groups are scored."""
-MAXIMUM_BITS = SCORE_BITS - SCORE_FRAC + 1
 SHIFT_MAX = 255
 """Rescaling by 2**-255 or more leaves no binary32 number."""
 

@@ -35,6 +35,7 @@ from hw.storage.feeder import MEAN_ROW, Feeder
 from hw.storage.kernel import AttentionKernel, Op
 from hw.storage.nfc.front import FlashFront
 from hw.storage.nfc.layouts import CHANNEL, layout_of
+from hw.storage.normalise import STATE
 from hw.storage.passes import ROW, SLOTS, AllPages, ChannelPass, Requester, SelectedPages, TokenPass
 from hw.storage.query import SCALE, QueryUnit
 from hw.storage.topk.unit import TopK
@@ -60,7 +61,8 @@ class AttentionUnit(wiring.Component):
     - `cancel`: every job in the unit completes, with ABORTED unless it was already past its last page.
     - `request`, `descriptor`: pages asked of the firmware's maps, and its answers in the same order.
     - `flash`, `beat`: per flash channel, and last the DRAM group buffer: page to read, raw page.
-    - `output`: per kernel, elements of whole heads; `completion`: one per command.
+    - `output`: per kernel, elements of whole heads; `completion`: one per command. `softmax`: per kernel, the state of
+      the query whose element stands at `output` (golden.spec.storage.SOFTMAX_STATE).
     - `counters`: golden.spec.storage.COUNTERS.
     """
 
@@ -91,6 +93,7 @@ class AttentionUnit(wiring.Component):
                 "flash": Out(stream.Signature(layout_of(PPN))).array(ports),
                 "beat": In(stream.Signature(CHANNEL)).array(ports),
                 "output": Out(stream.Signature(OUTPUT)).array(KERNELS),
+                "softmax": Out(STATE).array(KERNELS),
                 "completion": Out(stream.Signature(layout_of(COMPLETION))),
                 "counters": Out(48).array(len(COUNTERS)),
             }
@@ -510,6 +513,21 @@ class AttentionUnit(wiring.Component):
             write.en.eq(finished),
             *(write.data[n].eq(alpha.alpha[n]) for n in lanes),
         ]
+        m.submodules.states = states = Memory(
+            shape=data.ArrayLayout(STATE, self._lanes), depth=SLOTS, init=[]
+        )
+        states_write, states_read = states.write_port(), states.read_port(domain="comb")
+        exact_slot = Signal(range(SLOTS))  # of the head in kernel 1, the one that takes exact passes of SparF
+        m.d.comb += [states_write.addr.eq(leader.slot), states_write.en.eq(leader.scored)]
+        m.d.comb += states_read.addr.eq(exact_slot)
+        for n in lanes:
+            m.d.comb += [
+                states_write.data[n].sum.eq(kernels[0].sum[n]),
+                states_write.data[n].maximum.eq(kernels[0].probability[n].maximum),
+                kernels[1].state[n].eq(states_read.data[n]),
+            ]
+        with m.If(kernels[1].i.valid & kernels[1].i.ready & (kernels[1].i.p.op == Op.START)):
+            m.d.sync += exact_slot.eq(feeders[1].slot)
         with m.If(leader.scored):
             bad = Cat(kernels[0].poisoned[n] | ~kernels[0].sum[n].any() for n in lanes)
             m.d.sync += poison[leader.slot].eq(bad)
@@ -539,6 +557,7 @@ class AttentionUnit(wiring.Component):
                 finished.i.p.failed.eq(feeder.failed),
                 out.valid.eq(source.valid & open_),
                 source.ready.eq(out.ready & open_),
+                self.softmax[n].eq(kernel.softmax),
                 out.p.data.eq(source.p.data),
                 out.p.query.eq(source.p.query),
                 out.p.element.eq(source.p.element),

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+POLICIES = ("dense", "lambda")
+
 
 def command(
     prompt: Annotated[str, typer.Option(help="what to ask")],
@@ -24,9 +26,15 @@ def command(
     engine: Annotated[str, typer.Option(help="engine of a device: tiny, small or u280")] = "small",
     context: Annotated[int, typer.Option(min=1, help="tokens that a device's KV cache holds")] = 512,
     sparse: Annotated[
-        int | None, typer.Option(min=1, help="SparF on placement csd: attend to one token in so many")
+        int | None, typer.Option(min=1, help="SparF in the drive: attend to one token in so many")
     ] = None,
-    window: Annotated[int, typer.Option(min=1, help="recent tokens on the engine for engine+csd")] = 64,
+    policy: Annotated[
+        str, typer.Option(help="dense, or lambda: sinks and window alone (exact level, or a device's engine)")
+    ] = "dense",
+    sinks: Annotated[int, typer.Option(min=0, help="first tokens kept for lambda and engine+csd")] = 4,
+    window: Annotated[
+        int, typer.Option(min=1, help="recent tokens kept for lambda, or on the engine for engine+csd")
+    ] = 64,
     memory: Annotated[
         str, typer.Option(help="memory of device rtl or timing: hbm, random, or a fixed latency in cycles")
     ] = "hbm",
@@ -47,6 +55,7 @@ def command(
     import time
     from dataclasses import replace
 
+    from golden.lambda_window import LambdaWindow
     from golden.llama import build, generate, load_model
     from golden.spec import KVStrataError
     from hw.flow.cache import write_atomically
@@ -54,6 +63,9 @@ def command(
     from sw_stack.cli.output import console, note, show_json
 
     check_prompt(prompt)
+    if policy not in POLICIES:
+        raise KVStrataError(f"a policy is one of {', '.join(POLICIES)}; got {policy!r}")
+    kept = LambdaWindow(sinks, window) if policy == "lambda" else None
     checkpoint = load_model(model)
     if checkpoint.tokenizer is None:
         raise KVStrataError(f"generating text needs a tokenizer, and {model} holds none")
@@ -63,7 +75,8 @@ def command(
         from sw_stack.runtime.machine import Setup
 
         sparsity = Sparsity(ratio=sparse) if sparse else None
-        setup = Setup(engine, device, placement, weights, kv, context, sparsity, Split(window=window), memory)
+        split = Split(sinks, window)
+        setup = Setup(engine, device, placement, weights, kv, context, sparsity, split, kept, memory)
         with console.status("starting") as status:
             run = on_device(checkpoint, setup, prompt, tokens, status.update, not raw)
             if check:
@@ -80,7 +93,7 @@ def command(
         typer.echo(run.text)
         note(run.summary() + ("; equal to golden in all tokens and logits" if check else ""))
         return
-    decoder = build(checkpoint, level, weights, kv)
+    decoder = build(checkpoint, level, weights, kv, kept)
     ids = checkpoint.tokenizer.encode(prompt if raw else checkpoint.tokenizer.chat(prompt))
     start = time.perf_counter()
     with console.status("thinking") as status:

@@ -85,10 +85,10 @@ class Buffers:
         hidden, head = memory_map.row_words(model.hidden), model.head_size // lanes
         q_rows = model.heads * model.head_size
         kv_rows = model.kv_heads * model.head_size
-        slot_words = memory_map.row_words(memory_map.slots)
+        slot_words, ring = memory_map.row_words(memory_map.slots), memory_map.ring
         self.x = vb.block("the residual stream", hidden, tokens, bank=0)
         self.gate = vb.block("gate", memory_map.row_words(model.ffn), tokens, bank=2)
-        self.scores = vb.block("attention scores", slot_words, self.queries, bank=3, buffers=2)
+        self.scores = vb.block("attention scores", memory_map.score_words, self.queries, bank=3, buffers=2)
         self.up = vb.block("up", memory_map.row_words(model.ffn), tokens, bank=1)
         self.value_scales = vb.block("V scales", slot_words, model.kv_heads, bank=0)
         self.q = vb.block("q", memory_map.row_words(q_rows), tokens, bank=2)
@@ -102,6 +102,9 @@ class Buffers:
         self.zeros = vb.block("zeros", model.group * head, 1, bank=3)
         value_words = head if per_block > 1 else layout.value_blocks * engine.lanes // lanes
         self.values = vb.block("value products", value_words, self.queries * per_block, bank=2, buffers=2)
+        # What a ring needs besides: softmax states for a drive's partials, or queries at the sinks' distance.
+        self.states = vb.block("softmax states", 1, model.heads if ring and not ring.limit else 0, bank=2)
+        self.far_rope = vb.block("the sinks' RoPE row", head, 1 if memory_map.sink_slots else 0, bank=1)
         act = Allocator("act", 1, engine.act_words)
         widest = max(model.hidden, model.ffn, q_rows)
         self.a8 = act.block("activations", _act_words(widest), tokens)
@@ -109,12 +112,15 @@ class Buffers:
         self.q8 = act.block(
             "queries", _act_words(model.head_size), all_queries, buffers=1 if tokens == 1 else 2
         )
+        far_queries = all_queries if memory_map.sink_slots else 0
+        self.far_q8 = act.block("queries to sinks", _act_words(model.head_size), far_queries)
         tiles = memory_map.slots // ATTN_TILE
         self.p8 = act.block("probabilities", -(-tiles // 2), self.queries * per_block, buffers=2)
         table = Allocator("table", 1, engine.table_entries)
         self.linear_scale = table.block("activation scales", 1, tokens)
         self.p_scale = table.block("softmax scales", 1, self.queries * per_block, buffers=2)
         self.q_scale = table.block("query scales", 1, all_queries)
+        self.far_scale = table.block("scales of queries to sinks", 1, far_queries)
 
 
 def logits_block(engine: EngineConfig, start: int, stop: int, rows: int) -> Block:

@@ -10,6 +10,7 @@ never leave the chip. Order: keys of KV head h + 1 stream while the vector unit 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from golden.attention import ScoreScale
@@ -41,6 +42,8 @@ class Layers:
     map: MemoryMap
     norms: Exponents
     tokens: int
+    sinks: bool = False
+    """The tokens are sinks of a Lambda window, which are stored twice."""
 
     def build(self, layers: range | None = None) -> list[Instruction]:
         """The instructions of the pass; KVStrataError when the pass does not fit the engine."""
@@ -49,7 +52,7 @@ class Layers:
             raise KVStrataError(
                 f"a pass has 1 to {min(self.map.engine.tokens, CHUNK_TOKENS)} tokens; got {self.tokens}"
             )
-        emitter = Emitter(self.map, self.norms, self.tokens)
+        emitter = Emitter(self.map, self.norms, self.tokens, self.sinks)
         emitter.read_inputs()
         for layer in layers if layers is not None else range(model.layers):
             emitter.layer(layer)
@@ -59,8 +62,8 @@ class Layers:
 class Emitter:
     """Shared state of one program: map, places, builder."""
 
-    def __init__(self, memory_map: MemoryMap, norms: Exponents, tokens: int) -> None:
-        self.map, self.norms, self.tokens = memory_map, norms, tokens
+    def __init__(self, memory_map: MemoryMap, norms: Exponents, tokens: int, sinks: bool = False) -> None:
+        self.map, self.norms, self.tokens, self.sinks = memory_map, norms, tokens, sinks
         self.model, self.engine = memory_map.model, memory_map.engine
         self.lanes = memory_map.engine.vector_lanes
         self.head_words = self.model.head_size // self.lanes
@@ -75,6 +78,7 @@ class Emitter:
         inputs, zeros = (self.map.regions[n] for n in ("input", "zeros"))
         self.read("embedding", inputs, self.at.x, self.model.hidden)
         self.read_rope()
+        self.read_far_rope()
         if self._copies_values:
             self.read("zeros", zeros, self.at.zeros, self.model.group * self.model.head_size)
 
@@ -82,6 +86,34 @@ class Emitter:
         """RoPE rows of the pass's positions."""
         rope, width = self.map.regions["rope"], self.model.head_size
         self.read("rope rows", rope, self.at.rope, width, addr_reg=R.ROPE_BYTES)
+
+    @property
+    def far(self) -> bool:
+        """Whether sinks are kept again, un-rotated, and scored at a limit distance (Lambda)."""
+        return self.map.sink_slots > 0
+
+    def read_far_rope(self) -> None:
+        """The RoPE row of the distance at which sinks are scored."""
+        if self.far:
+            assert self.map.ring is not None
+            rope, block = self.map.regions["rope"], self.at.far_rope
+            self.builder.emit(
+                Op.READ, "rope row of sinks", writes=[block.span()], addr=rope.at(self.map.ring.limit),
+                count=self.head_words, vectors=1, dst=block.base,
+            )  # fmt: skip
+
+    def write_share(self, layer: int) -> None:
+        """The engine's share of attention to memory: its output, and the softmax state of every query head."""
+        states, mixed = self.map.regions["states"], self.map.regions["mixed"]
+        for block, region, count, vectors in (
+            (self.at.mixed, mixed, self.model.heads * self.head_words, 1),
+            (self.at.states, states, 1, self.model.heads),
+        ):
+            self.builder.emit(
+                Op.WRITE, f"layer {layer} {region.name}", [block.span()], [Span(region.name, 0, 1)],
+                addr=region.base, count=count, vectors=vectors, stride=region.stride, dst=block.base,
+                dst_stride=block.words,
+            )  # fmt: skip
 
     def write_qkv(self, layer: int) -> None:
         """q, then k and v, of every token to memory, for attention elsewhere."""
@@ -109,6 +141,19 @@ class Emitter:
     # --- a layer
     def layer(self, layer: int) -> None:
         """One decoder layer on the residual stream; k and v are stored while what follows them is computed."""
+        self._until_attention(layer)
+        for first in range(0, self.tokens, self.attention_tokens):
+            self._attention(layer, first, min(self.attention_tokens, self.tokens - first))
+        self.after_attention(layer)
+
+    def share(self, layer: int) -> None:
+        """Attention of one token over what the ring holds, exported for the rest to be added; q, k and v as well."""
+        self._until_attention(layer)
+        self.write_qkv(layer)
+        self._attention(layer, 0, 1)
+        self.write_share(layer)
+
+    def _until_attention(self, layer: int) -> None:
         self._enter(layer)
         if self.tokens == 1:
             self._projections(layer)
@@ -119,9 +164,6 @@ class Emitter:
             self._append(layer, "v", range(self.model.kv_heads))
             self._read_value_scales(layer, range(self.model.kv_heads))
             self._query(layer, range(self.model.kv_heads))
-        for first in range(0, self.tokens, self.attention_tokens):
-            self._attention(layer, first, min(self.attention_tokens, self.tokens - first))
-        self.after_attention(layer)
 
     def _projections(self, layer: int) -> None:
         """q, k and v of one token. V goes first, since it is the longest on its way to memory, and in pieces: a vector
@@ -130,7 +172,10 @@ class Emitter:
         values, queries = self._pieces(VALUE_PIECES), self._query_pieces
         self._value(layer)
         self._store_values(layer, values[:1])
-        self._key(layer)
+        self._key_product(layer)
+        if self.sinks:
+            self._append_sinks(layer)
+        self._turn_key(layer)
         self._append(layer, "k", range(self.model.kv_heads))
         self._query_product(layer, queries[0])
         self._store_values(layer, values[1:2])
@@ -173,7 +218,13 @@ class Emitter:
         self._quantise(self.at.normed, self.model.hidden, f"layer {layer} qkv input", fresh=1)
 
     def _key(self, layer: int) -> None:
+        self._key_product(layer)
+        self._turn_key(layer)
+
+    def _key_product(self, layer: int) -> None:
         self._product(self.map.matrices[f"layers.{layer}.k"], self.at.k, f"layer {layer} k")
+
+    def _turn_key(self, layer: int) -> None:
         self._rope(self.at.k, self.at.k, 0, self.model.kv_heads, f"layer {layer} k")
 
     def _value(self, layer: int) -> None:
@@ -195,11 +246,19 @@ class Emitter:
         self._product(self.map.matrices[f"layers.{layer}.q"], self.at.q, f"layer {layer} q", rows=rows)
 
     def _turn_queries(self, layer: int, heads: range) -> None:
-        """Rotate and quantise queries of some KV heads: `fresh`, as the rotation wrote the same vectors just before."""
+        """Rotate and quantise queries of some KV heads: `fresh`, as the rotation wrote the same vectors just before.
+        To sinks that have left a Lambda window, queries are turned to a distance of their own."""
         first, count = heads.start * self.model.group, len(heads) * self.model.group
+        at = self.at.mixed.at(offset=first * self.head_words)
+        if self.far:
+            self._rope(self.at.q, self.at.mixed, first, count, f"layer {layer} far q", self.at.far_rope)
+            self._emit_query(
+                f"layer {layer} queries to sinks", at, self.head_words, count,
+                self.at.far_q8.at(first), self.at.far_scale.at(first), fresh=1,
+            )  # fmt: skip
         self._turn(heads, f"layer {layer} q")
         self._emit_query(
-            f"layer {layer} queries", self.at.mixed.at(offset=first * self.head_words), self.head_words, count,
+            f"layer {layer} queries", at, self.head_words, count,
             self.at.q8.at(first), self.at.q_scale.at(first), fresh=1,
         )  # fmt: skip
 
@@ -264,9 +323,11 @@ class Emitter:
             dst=dst.at(offset=offset), dst_stride=dst.words,
         )  # fmt: skip
 
-    def _rope(self, source: Block, target: Block, first: int, heads: int, name: str) -> None:
-        """Rotate `heads` heads of every token, from head `first` on."""
-        rope, offset, words = self.at.rope, first * self.head_words, heads * self.head_words
+    def _rope(
+        self, source: Block, target: Block, first: int, heads: int, name: str, rows: Block | None = None
+    ) -> None:
+        """Rotate `heads` heads of every token, from head `first` on, to the token's position or by a row of `rows`."""
+        rope, offset, words = rows or self.at.rope, first * self.head_words, heads * self.head_words
         for t in range(self.tokens):
             at, to = source.at(t, offset=offset), target.at(t, offset=offset)
             self.builder.emit(
@@ -305,23 +366,30 @@ class Emitter:
             dst_stride=block.words,
         )  # fmt: skip
 
-    def _append_head(self, layer: int, kind: str, head: int) -> None:
-        """Take the pass's tokens of one head from the stream of quantised vectors."""
+    def _append_sinks(self, layer: int) -> None:
+        """A sink's k before its rotation, and its v again, into the sinks' tile."""
+        for kind, block in (("k", self.at.k), ("v", self.at.v)):
+            self._kv_quantise(layer, kind, block, 0, self.model.kv_heads, self.head_words)
+            for head in range(self.model.kv_heads):
+                self._append_head(layer, kind, head, sink=True)
+
+    def _append_head(self, layer: int, kind: str, head: int, sink: bool = False) -> None:
+        """Take the pass's tokens of one head from the stream of quantised vectors; `sink`: to the sinks' tile."""
         layout, size = self.map.kv_layout, self.model.head_size
         note = f"layer {layer} append {kind}{head}"
         if kind == "k":
             self.builder.emit(
                 Op.APPEND_K, note, writes=[self._kv_span(layer, "k", head)],
                 addr=0, addr_reg=R.POSITION, count=self.tokens, bits=layout.bits, head_size=size,
-                base=self.map.key_base(layer, head),
+                base=self.map.key_base(layer, head) + (0 if sink else self.map.sink_key_words),
             )  # fmt: skip
             return
         group, place = divmod(head, layout.heads_per_block)
         self.builder.emit(
             Op.APPEND_V, note, writes=[self._kv_span(layer, "v", group), Span(f"scales{layer}", head, head + 1)],
-            addr=0, addr_reg=R.POSITION, count=self.tokens, bits=layout.bits, head_size=size,
-            base=self.map.value_base(layer, group), block_words=layout.value_block_words, row=place * size,
-            scale_base=self.map.value_scales(layer, head),
+            addr=0 if sink else self.map.sink_slots, addr_reg=R.POSITION, count=self.tokens, bits=layout.bits,
+            head_size=size, base=self.map.value_base(layer, group), block_words=layout.value_block_words,
+            row=place * size, scale_base=self.map.value_scales(layer, head),
         )  # fmt: skip
 
     def _kv_span(self, layer: int, kind: str, index: int) -> Span:
@@ -394,15 +462,34 @@ class Emitter:
         buffer = 0 if self.tokens == 1 else head
         note = f"layer {layer} keys of head {head}"
         steps = self.model.head_size // STEP
+        if self.far:
+            self._sink_keys(layer, head)
         self.builder.emit(
             Op.LOAD, f"{note} from cache", [self._kv_span(layer, "k", head)],
-            addr=self.map.key_base(layer, head), count=0, count_reg=R.KEY_WORDS, runs=1,
+            addr=self.map.key_base(layer, head) + self.map.sink_key_words, count=0, count_reg=R.KEY_WORDS, runs=1,
         )  # fmt: skip
         self.builder.emit(
             Op.MATRIX, note, [q8.span(buffer, first, vectors), scale.span(0, first, vectors)], [scores.span(head)],
             codes=self._kv_codes, scaled=1, minimum=1, group_steps=steps,
             count=0, count_reg=R.KEY_BLOCKS, steps=steps, vectors=vectors,
             addr=q8.at(first, buffer), stride=q8.words, table=scale.at(first),
+            dst=scores.at(buffer=head, offset=self.map.sink_slots // self.lanes), dst_stride=scores.words,
+        )  # fmt: skip
+
+    def _sink_keys(self, layer: int, head: int) -> None:
+        """Scores of the sinks' tile, by queries of their own; the ring's follow and overwrite what is behind it."""
+        group, q8, scale, scores = self.model.group, self.at.far_q8, self.at.far_scale, self.at.scores
+        first, steps, words = head * group, self.model.head_size // STEP, self.map.sink_key_words
+        note = f"layer {layer} sink keys of head {head}"
+        self.builder.emit(
+            Op.LOAD, f"{note} from cache", [self._kv_span(layer, "k", head)],
+            addr=self.map.key_base(layer, head), count=words, runs=1,
+        )  # fmt: skip
+        self.builder.emit(
+            Op.MATRIX, note, [q8.span(0, first, group), scale.span(0, first, group)], [scores.span(head)],
+            codes=self._kv_codes, scaled=1, minimum=1, group_steps=steps,
+            count=words // self.map.kv_layout.key_block_words, steps=steps, vectors=group,
+            addr=q8.at(first), stride=q8.words, table=scale.at(first),
             dst=scores.at(buffer=head), dst_stride=scores.words,
         )  # fmt: skip
 
@@ -415,15 +502,25 @@ class Emitter:
         group, scores, p8, scale = self.model.group, self.at.scores, self.at.p8, self.at.p_scale
         for t in range(count):
             vector = (place * count + t) * group
+            slots, state = self._slots(first + t), self.at.states
+            exported = [state.span(first=head * group, count=group)] if state.count else []
+            if exported:
+                slots |= {"export": 1, "state": state.at(head * group)}
             self.builder.emit(
                 Op.SOFTMAX, f"layer {layer} softmax of head {head}, token {first + t}",
                 [scores.span(head, t * group, group), self.at.value_scales.span(first=head, count=1)],
-                [p8.span(block, vector, group), scale.span(block, vector, group)],
+                [p8.span(block, vector, group), scale.span(block, vector, group), *exported],
                 addr=scores.at(t * group, head), stride=scores.words, addr_b=self.at.value_scales.at(head),
-                count=first + t + 1, count_reg=R.POSITION, vectors=group,
+                vectors=group, **slots,
                 dst=p8.at(vector, block) * GROUPS_PER_WORD, dst_stride=p8.words * GROUPS_PER_WORD,
                 table=scale.at(vector, block), vec_group=group, high=EVERY_SLOT,
             )  # fmt: skip
+
+    def _slots(self, token: int) -> dict[str, int]:
+        """What takes part in the softmax of a token of the pass: every slot up to its own; all that a ring holds."""
+        if self.map.ring is None:
+            return {"count": token + 1, "count_reg": R.POSITION}
+        return {"count": 0, "count_reg": R.LIVE, "low": self.map.sink_slots, "sinks_reg": R.SINKS}
 
     def _values(self, layer: int, block: int, heads: range, first: int, count: int) -> None:
         layout, group, p8, scale = self.map.kv_layout, self.model.group, self.at.p8, self.at.p_scale
@@ -553,9 +650,11 @@ class Programs:
         return sum(p.size_bytes for p in self.programs.values())
 
 
-def compile_split(memory_map: MemoryMap, norms: Exponents, tokens: int = 1) -> Programs:
-    """Programs for attention elsewhere: `split{i}` ends layer i - 1 (from `mixed` in memory) and begins layer i
-    (leaving q, k and v, rotated, in memory); the residual stream stays on chip between them. And the head."""
+def _cut(
+    memory_map: MemoryMap, norms: Exponents, tokens: int, name: str, begin: Callable[[Emitter, int], None]
+) -> Programs:
+    """Programs `{name}{i}` that end layer i - 1 (from `mixed` in memory) and begin layer i; the residual stream stays
+    on chip between them. And the head."""
     streams: dict[str, tuple[int, list[Instruction]]] = {}
     for i in range(memory_map.model.layers + 1):
         emitter = Emitter(memory_map, norms, tokens)
@@ -569,19 +668,46 @@ def compile_split(memory_map: MemoryMap, norms: Exponents, tokens: int = 1) -> P
         if i < memory_map.model.layers:
             if i:
                 emitter.read_rope()
-            emitter.before_attention(i)
-            emitter.write_qkv(i)
-        streams[f"split{i}"] = (tokens, emitter.builder.finish())
+            begin(emitter, i)
+        streams[f"{name}{i}"] = (tokens, emitter.builder.finish())
     streams["head"] = (0, head_program(memory_map, norms, tokens))
     return _placed(memory_map, streams, tokens)
 
 
+def compile_split(memory_map: MemoryMap, norms: Exponents, tokens: int = 1) -> Programs:
+    """Programs for attention elsewhere: `split{i}` leaves q, k and v of layer i, rotated, in memory."""
+
+    def begin(emitter: Emitter, layer: int) -> None:
+        emitter.before_attention(layer)
+        emitter.write_qkv(layer)
+
+    return _cut(memory_map, norms, tokens, "split", begin)
+
+
+def compile_shares(memory_map: MemoryMap, norms: Exponents) -> Programs:
+    """Programs for attention split between engine and drive, over a map with the split's ring: `share{i}` leaves q, k
+    and v of layer i in memory, and the engine's share of its attention."""
+    return _cut(memory_map, norms, 1, "share", Emitter.share)
+
+
+def _compile_ring(memory_map: MemoryMap, norms: Exponents) -> Programs:
+    """One token at a time through a Lambda window's ring; `sinks` is `decode` for the tokens that are sinks."""
+    streams = {"decode": (1, Layers(memory_map, norms, 1).build())}
+    if memory_map.sink_slots:
+        streams["sinks"] = (1, Layers(memory_map, norms, 1, sinks=True).build())
+    streams["head"] = (0, head_program(memory_map, norms, 1))
+    return _placed(memory_map, streams, 1)
+
+
 def compile_model(memory_map: MemoryMap, norms: Exponents, chunk: int | None = None) -> Programs:
-    """Decode, prefill and head programs.
+    """Decode, prefill and head programs; over a Lambda window's ring decode alone, since each token takes the place of
+    another.
 
     The prefill chunk is the greatest power of two up to the engine's tokens whose programs fit the chip and the
     program region, unless `chunk` fixes it. KVStrataError when not even one token at a time fits.
     """
+    if memory_map.ring is not None:
+        return _compile_ring(memory_map, norms)
     decode = Layers(memory_map, norms, 1).build()
     candidates = [chunk] if chunk else [2**i for i in range(CHUNK_TOKENS.bit_length() - 1, -1, -1)]
     error: KVStrataError | None = None

@@ -112,6 +112,8 @@ class GoldenDevice:
             for name, register in (("addr", fields["addr_reg"]), ("count", fields["count_reg"])):
                 if register:
                     fields[name] += registers[register]
+            if op is Op.SOFTMAX:
+                fields["sinks_live"] = registers[fields["sinks_reg"]]
             queues[Unit(op >> 4)].append(_Queued(pc, op, fields))
             pc += 1
 

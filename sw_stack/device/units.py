@@ -12,7 +12,18 @@ import numpy as np
 import torch
 
 from golden import ops
-from golden.spec.engine import STEP, WORD_BITS, WORD_BYTES, Codes, Error, KVLayout, Op, StreamFormat
+from golden.spec.engine import (
+    SOFTMAX_EMPTY,
+    SOFTMAX_STATE,
+    STEP,
+    WORD_BITS,
+    WORD_BYTES,
+    Codes,
+    Error,
+    KVLayout,
+    Op,
+    StreamFormat,
+)
 from golden.spec.formats import (
     ACC_PRESHIFT,
     ATTN_TILE,
@@ -348,7 +359,8 @@ def _softmax(state: EngineState, f: Fields) -> None:
     slots, tiles = f["count"], -(-f["count"] // ATTN_TILE)
     s, token = torch.arange(slots), torch.arange(len(z))[:, None] // max(1, f["vec_group"])
     low = f["low"] - (f["low"] >> 15 << 16)  # signed: a window may reach back before slot 0
-    live = (s < f["sinks"]) | ((s >= low + token) & (s < f["high"] + token))
+    sinks = (f["sinks"] + f["sinks_live"]) & 0xFFF
+    live = (s < sinks) | ((s >= low + token) & (s < f["high"] + token))
     pad = tiles * ATTN_TILE - slots
     z, live, records = (torch.nn.functional.pad(x, (0, pad)) for x in (z, live, records))
     scale, minimum = (
@@ -357,11 +369,25 @@ def _softmax(state: EngineState, f: Fields) -> None:
     )
     codes = np.zeros((len(z), tiles, STEP), np.int8)
     sides = np.zeros((len(z), tiles, 3), np.int64)
-    table = torch.zeros(len(z), 3, dtype=torch.int64)
-    for v in range(len(z)):
-        table[v] = _softmax_vector(z[v], live[v], scale[0], minimum[0], codes[v], sides[v])
+    totals = [_softmax_vector(z[v], live[v], scale[0], minimum[0], codes[v], sides[v]) for v in range(len(z))]
+    _check_states(state, f)
     _store_act(state, f, codes, sides)
-    _store_table(state, f, table)
+    _store_table(state, f, torch.tensor([_output_scale(total) for _, total in totals]))
+    if f["export"]:
+        _export_states(state, f, totals)
+
+
+def _check_states(state: EngineState, f: Fields) -> None:
+    if f["export"] and f["state"] + f["vectors"] > state.config.vb_words:
+        raise UnitError(Error.ADDRESS, f"softmax states at VB word {f['state']} leave the buffer")
+
+
+def _export_states(state: EngineState, f: Fields, totals: list[tuple[int, int]]) -> None:
+    """SOFTMAX_STATE of each vector into the first elements of its word."""
+    lanes = state.config.vector_lanes
+    for v, (maximum, total) in enumerate(totals):
+        words = np.array([maximum, total & 0xFFFFFFFF, total >> 32], np.int64).astype(np.int32)
+        state.vb[(f["state"] + v) * lanes :][: len(SOFTMAX_STATE)] = words
 
 
 def _softmax_vector(
@@ -371,8 +397,8 @@ def _softmax_vector(
     minimum: torch.Tensor,
     codes: np.ndarray,
     sides: np.ndarray,
-) -> torch.Tensor:
-    """Fill one vector's codes [tiles, 32] and sidecars [tiles, 3]; its table entry (g, rl, 23)."""
+) -> tuple[int, int]:
+    """Fill one vector's codes [tiles, 32] and sidecars [tiles, 3]; its maximum and sum."""
     top, total = None, 0
     for t in range(len(codes)):
         at = slice(t * ATTN_TILE, (t + 1) * ATTN_TILE)
@@ -389,10 +415,15 @@ def _softmax_vector(
         addend = int(ops.rnd_shift((p * minimum[at]).sum(), P_FRAC))
         sides[t] = (addend, sh - P_FRAC, decay)
         top = new
+    return SOFTMAX_EMPTY if top is None else top, total
+
+
+def _output_scale(total: int) -> tuple[int, int, int]:
+    """Table entry (g, rl, 23) of a softmax sum."""
     if not total:
-        return torch.tensor([0, 0, OUTPUT_SHIFT])
+        return 0, 0, OUTPUT_SHIFT
     bits = total.bit_length()
-    return torch.tensor([bits - 31, ((1 << 31) - 1) // (total >> (bits - 16)), OUTPUT_SHIFT])
+    return bits - 31, ((1 << 31) - 1) // (total >> (bits - 16)), OUTPUT_SHIFT
 
 
 _EXECUTE: dict[Op, Callable[[EngineState, Fields], None]] = {

@@ -36,7 +36,7 @@ class RtlUnit:
     cycles: list[int] = field(default_factory=list)
 
     def attend(self, job: Job, source: HeadPages) -> Outcome:
-        """See AttentionUnit. The unit returns no softmax state: `maximum` and `sum` are empty."""
+        """See AttentionUnit."""
         cache = self._cache(job, source)
         mean = mean_value(source.all_tokens(PageKind.V_TOKEN, job.tokens)) if job.sparse else None
         asked = rtl.Job(source.batch, source.head, job.q, job.tokens, job.r, job.k, job.window, mean)
@@ -48,8 +48,7 @@ class RtlUnit:
                 f"the in-storage unit ended a job of {job.tokens} tokens with {Status(done.status).name.lower()}",
             )
         self.cycles.append(result.cycles)
-        nothing = np.zeros(0, np.int64)
-        return Outcome(done.output, nothing, nothing)
+        return Outcome(done.output, done.maximum, done.sum)
 
     def _cache(self, job: Job, source: HeadPages) -> rtl.Cache:
         """The job's pages by request key: physical pages from the maps, the rest in the group buffer."""

@@ -160,7 +160,7 @@ def _aux_image(memory_map: MemoryMap, norms: list[ops.NormWeight]) -> np.ndarray
         _put(aux, memory_map.regions["norms"].at(index), norm.weight.numpy())
     rope = memory_map.regions["rope"]
     model = memory_map.model
-    cos, sin = ops.rope_table(torch.arange(memory_map.slots), model.head_size, model.rope_base)
+    cos, sin = ops.rope_table(torch.arange(memory_map.rope_rows), model.head_size, model.rope_base)
     rows = torch.stack((cos, sin), -1).flatten(1).numpy().astype("<i4")
     table = aux[rope.base : rope.end].reshape(rope.count, rope.stride)
     table[:, : 4 * model.head_size] = rows.view(np.uint8)

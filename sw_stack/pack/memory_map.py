@@ -18,6 +18,7 @@ from golden.spec import SPEC_VERSION, KVStrataError
 from golden.spec.engine import STEP, WORD_BYTES, EngineConfig, KVLayout, StreamFormat, weight_stream
 from golden.spec.formats import ATTN_TILE, KV_FORMATS, W8, WEIGHT_FORMATS, KVFormat, WeightFormat
 from golden.spec.memory import CHANNEL_BYTES
+from sw_stack.pack.ring import KVRing
 from sw_stack.pack.stream import matrix_words
 
 PROGRAM_BYTES = 1 << 20
@@ -73,13 +74,15 @@ class Region:
 
 @dataclass(frozen=True)
 class MemoryMap:
-    """The map of one model on one engine. `slots` is the context rounded up to whole attention tiles."""
+    """The map of one model on one engine. `slots` is the context rounded up to whole attention tiles, or what a
+    `ring` keeps of it."""
 
     model: DecoderConfig
     engine: EngineConfig
     weights: str
     kv: str
     context: int
+    ring: KVRing | None = None
 
     def __post_init__(self) -> None:
         for value, known, what in (
@@ -110,7 +113,21 @@ class MemoryMap:
     @property
     def slots(self) -> int:
         """Token slots of the KV cache."""
-        return -(-self.context // ATTN_TILE) * ATTN_TILE
+        return self.sink_slots + self._ring_slots
+
+    @property
+    def sink_slots(self) -> int:
+        """Slots in front of the others that hold the sinks of a Lambda window again."""
+        return self.ring.sink_slots if self.ring else 0
+
+    @property
+    def _ring_slots(self) -> int:
+        return _tiles(self.ring.ring_slots(self.context) if self.ring else self.context)
+
+    @property
+    def rope_rows(self) -> int:
+        """Rows of the RoPE table: a position each, up to a Lambda window's limit distance."""
+        return _tiles(max(self.context, self.ring.limit + 1 if self.ring else 0))
 
     @property
     def kv_format(self) -> KVFormat:
@@ -159,18 +176,36 @@ class MemoryMap:
         return -(-self.model.kv_heads // self.kv_layout.heads_per_block)
 
     @property
+    def sink_key_words(self) -> int:
+        """Words per channel of a KV head's sink keys: row blocks of their own, since other queries meet them."""
+        return -(-self.sink_slots // self.engine.lanes) * self.kv_layout.key_block_words
+
+    @property
+    def key_words(self) -> int:
+        """Words per channel of the keys of one KV head, the sinks' first."""
+        return (
+            self.sink_key_words + -(-self._ring_slots // self.engine.lanes) * self.kv_layout.key_block_words
+        )
+
+    @property
+    def score_words(self) -> int:
+        """VB words that the scores of one query take."""
+        behind = self.sink_slots // self.engine.vector_lanes + self.row_words(self._ring_slots)
+        return max(self.row_words(self.sink_slots), behind)
+
+    @property
     def layer_kv_words(self) -> int:
         """Words per channel of one layer's KV cache."""
         layout = self.kv_layout
-        return self.model.kv_heads * layout.key_words + self.value_groups * layout.value_words
+        return self.model.kv_heads * self.key_words + self.value_groups * layout.value_words
 
     def key_base(self, layer: int, head: int) -> int:
         """Channel word of the keys of one KV head."""
-        return self.weight_words + layer * self.layer_kv_words + head * self.kv_layout.key_words
+        return self.weight_words + layer * self.layer_kv_words + head * self.key_words
 
     def value_base(self, layer: int, group: int) -> int:
         """Channel word of the values of one group of KV heads."""
-        keys = self.model.kv_heads * self.kv_layout.key_words
+        keys = self.model.kv_heads * self.key_words
         return self.weight_words + layer * self.layer_kv_words + keys + group * self.kv_layout.value_words
 
     @property
@@ -192,11 +227,12 @@ class MemoryMap:
             ("program", PROGRAM_BYTES, 1),
             ("norms", 4 * m.hidden, 2 * m.layers + 1),
             ("zeros", 4 * m.group * m.head_size, 1),
-            ("rope", 4 * m.head_size, self.slots),
+            ("rope", 4 * m.head_size, self.rope_rows),
             ("value_scales", 4 * self.slots, m.layers * m.kv_heads),
             ("input", 4 * m.hidden, CHUNK_TOKENS),
             ("qkv", 4 * (m.heads + 2 * m.kv_heads) * m.head_size, CHUNK_TOKENS),
             ("mixed", 4 * m.heads * m.head_size, CHUNK_TOKENS),
+            *((("states", self.vb_word_bytes, m.heads),) if self.ring and not self.ring.limit else ()),
             ("logits", 4 * m.vocab, 1),
         )
         found: dict[str, Region] = {}
@@ -230,6 +266,7 @@ class MemoryMap:
             "weights": self.weights,
             "kv": self.kv,
             "context": self.context,
+            "ring": asdict(self.ring) if self.ring else None,
         }
 
     @classmethod
@@ -242,8 +279,13 @@ class MemoryMap:
         try:
             model = DecoderConfig(**stored["model"])  # type: ignore[arg-type]
             engine = EngineConfig(**stored["engine"])  # type: ignore[arg-type]
-            return cls(model, engine, stored["weights"], stored["kv"], stored["context"])  # type: ignore[arg-type]
+            ring = KVRing(**stored["ring"]) if stored.get("ring") else None  # type: ignore[arg-type]
+            return cls(model, engine, stored["weights"], stored["kv"], stored["context"], ring)  # type: ignore[arg-type]
         except (KeyError, TypeError, ValueError) as error:
             raise KVStrataError(
                 f"a manifest describes a model and an engine; got {json.dumps(stored)[:120]}"
             ) from error
+
+
+def _tiles(slots: int) -> int:
+    return -(-slots // ATTN_TILE) * ATTN_TILE

@@ -144,6 +144,10 @@ class Completion:
     field: int
     index: int
     output: F16 | None
+    maximum: NDArray[np.int64]
+    """Softmax maximum of each query, whole log2 units; 0 where there is no output."""
+    sum: NDArray[np.int64]
+    """Softmax sum of each query, 2^-40."""
 
 
 @dataclass(frozen=True)
@@ -287,6 +291,7 @@ def run_steps(cache: Cache, steps: Sequence[Step], config: UnitConfig, **paramet
 
 def _parse(lines: Sequence[str], jobs: Sequence[Job]) -> BatchRun:
     outputs = {n: np.zeros(job.q.shape, np.uint16) for n, job in enumerate(jobs)}
+    states = {n: np.zeros((2, len(job.q)), np.int64) for n, job in enumerate(jobs)}
     filled = dict.fromkeys(outputs, 0)
     completions, cycles, counters, config_status = {}, 0, {}, []
     reads: dict[int, list[int]] = defaultdict(list)
@@ -297,6 +302,9 @@ def _parse(lines: Sequence[str], jobs: Sequence[Job]) -> BatchRun:
             _, number, query, element, bits = values
             outputs[number][query, element] = bits
             filled[number] += 1
+        elif kind == "m":
+            number, query, maximum, total = values
+            states[number][:, query] = maximum, total
         elif kind == "c":
             cycle, number, _, _, status, bad_field, index = values
             whole = filled[number] == outputs[number].size
@@ -306,7 +314,7 @@ def _parse(lines: Sequence[str], jobs: Sequence[Job]) -> BatchRun:
                     f"status {Status(status).name} after {filled[number]} elements"
                 )
             output = outputs[number].view(np.float16) if whole else None
-            completions[number] = Completion(cycle, Status(status), bad_field, index, output)
+            completions[number] = Completion(cycle, Status(status), bad_field, index, output, *states[number])
             cycles = max(cycles, cycle + 1)
         elif kind == "k":
             counters = dict(zip(COUNTERS, values))

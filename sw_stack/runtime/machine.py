@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from golden.exact_decoder import engine_weight
 from golden.formats.weights import fitting_group
+from golden.lambda_window import LambdaWindow
 from golden.loaders.checkpoint import Checkpoint
 from golden.spec import SPEC_VERSION, KVStrataError
 from golden.spec.engine import ENGINE_CONFIGS
@@ -14,7 +15,7 @@ from golden.spec.formats import W8
 from golden.spec.memory import MemoryModel
 from golden.storage.decoder import Sparsity, Split
 from hw.flow.cache import build_dir, content_key
-from sw_stack.compile.decoder import Programs, compile_model, compile_split
+from sw_stack.compile.decoder import Programs, compile_model, compile_shares, compile_split
 from sw_stack.device.golden import GoldenDevice
 from sw_stack.device.protocol import EngineDevice
 from sw_stack.drive.attention import AttentionUnit
@@ -23,8 +24,9 @@ from sw_stack.drive.flash import Geometry
 from sw_stack.drive.shape import TaskShape
 from sw_stack.pack.image import Image, pack_checkpoint
 from sw_stack.pack.memory_map import MemoryMap
-from sw_stack.runtime.placement import PLACEMENTS, InStorage, Placement, WindowAndStorage
-from sw_stack.runtime.session import Session, SplitSession
+from sw_stack.pack.ring import KVRing
+from sw_stack.runtime.placement import PLACEMENTS, InStorage, WindowAndStorage
+from sw_stack.runtime.session import Session, SharedSession, SplitSession
 
 DEVICES = ("golden", "rtl", "timing")
 CHANNELS_PER_PAGE = 8
@@ -44,6 +46,8 @@ class Setup:
     context: int = 512
     sparsity: Sparsity | None = None
     split: Split = Split()
+    window: LambdaWindow | None = None
+    """Lambda attention on the engine; None: dense."""
     memory: str = "hbm"
     """Memory of a device with time: hbm, random (up to 120 cycles, one transfer in five idle), or a fixed latency."""
 
@@ -56,13 +60,10 @@ class Setup:
         ):
             if value not in known:
                 raise KVStrataError(f"{what} is one of {', '.join(known)}; got {value!r}")
-        if self.device == "rtl" and self.placement == "engine+csd":
-            raise KVStrataError(
-                "the in-storage unit's RTL gives no softmax state to merge, so device rtl takes placement engine or "
-                f"csd; got {self.placement!r}"
-            )
-        if self.sparsity and self.placement != "csd":
-            raise KVStrataError(f"sparse attention needs placement csd; got {self.placement!r}")
+        if self.sparsity and self.placement == "engine":
+            raise KVStrataError(f"sparse attention needs placement csd or engine+csd; got {self.placement!r}")
+        if self.window and self.placement != "engine":
+            raise KVStrataError(f"a Lambda window needs placement engine; got {self.placement!r}")
 
 
 def memory_model(name: str) -> MemoryModel:
@@ -79,7 +80,10 @@ def memory_model(name: str) -> MemoryModel:
 def memory_map(checkpoint: Checkpoint, setup: Setup) -> MemoryMap:
     """The map of a checkpoint under a setup."""
     context = min(setup.context, checkpoint.config.context)
-    return MemoryMap(checkpoint.config, ENGINE_CONFIGS[setup.engine], setup.weights, setup.kv, context)
+    ring = KVRing.of_lambda(setup.window) if setup.window else None
+    if setup.placement == "engine+csd":
+        ring = KVRing.of_split(setup.split)
+    return MemoryMap(checkpoint.config, ENGINE_CONFIGS[setup.engine], setup.weights, setup.kv, context, ring)
 
 
 def cached_image(
@@ -100,7 +104,7 @@ def cached_image(
 
 def programs(image: Image, setup: Setup) -> Programs:
     """Compiled for the placement."""
-    build = compile_model if setup.placement == "engine" else compile_split
+    build = {"engine": compile_model, "csd": compile_split, "engine+csd": compile_shares}[setup.placement]
     return build(image.map, image.norm_exponents)
 
 
@@ -118,8 +122,8 @@ def open_device(image: Image, setup: Setup) -> EngineDevice:
     return GoldenDevice(image)
 
 
-def open_placement(checkpoint: Checkpoint, setup: Setup) -> tuple[Placement, Driver]:
-    """Attention in storage, on a drive large enough for the context."""
+def open_drive_for(checkpoint: Checkpoint, setup: Setup) -> Driver:
+    """A drive large enough for the context, with its task open."""
     c = checkpoint.config
     shape = TaskShape(c.layers, c.heads, c.kv_heads, c.head_size, CHANNELS_PER_PAGE, setup.context)
     pages = 2 * 3 * c.layers * c.kv_heads * shape.groups
@@ -127,9 +131,7 @@ def open_placement(checkpoint: Checkpoint, setup: Setup) -> tuple[Placement, Dri
     geometry = Geometry(channels, 2, max(4, -(-pages // (channels * 2 * 64))), 64)
     driver, _ = open_drive(geometry, unit=_unit(setup, c.group))
     driver.config(0, shape, 1)
-    if setup.placement == "csd":
-        return InStorage(driver, setup.sparsity), driver
-    return WindowAndStorage(driver, setup.split, setup.kv), driver
+    return driver
 
 
 def _unit(setup: Setup, queries: int) -> AttentionUnit | None:
@@ -157,4 +159,8 @@ def open_session(
     embedding = engine_weight(checkpoint, "embed", fitting_group(W8, checkpoint.config.hidden))
     if setup.placement == "engine":
         return Session(device, compiled, embedding)
-    return SplitSession(device, compiled, embedding, placement=open_placement(checkpoint, setup)[0])
+    driver = open_drive_for(checkpoint, setup)
+    if setup.placement == "csd":
+        return SplitSession(device, compiled, embedding, placement=InStorage(driver, setup.sparsity))
+    older = WindowAndStorage(driver, setup.split, setup.sparsity)
+    return SharedSession(device, compiled, embedding, older=older)

@@ -2,7 +2,7 @@
 
 The engine computes projections and feed-forward networks in every placement; `csd` sends q, k and v of each layer to
 the drive and takes the attention output back; `engine+csd` keeps sinks and a recent window on the engine and leaves
-everything older to the drive, and merges the partials by log-sum-exp. Values cross as binary16 (docs/nvme.md).
+everything older to the drive; the host merges both by log-sum-exp (docs/nvme.md section 4). Values cross as binary16.
 
 Each placement has a golden form (golden.storage.decoder), without drive, maps or commands. Text and logits are equal
 bit for bit.
@@ -10,16 +10,15 @@ bit for bit.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from golden import attention, ops
-from golden.spec.formats import KV_FORMATS
-from golden.storage.decoder import Sparsity, Split, engine_partial, half, merged_row
+from golden import ops
+from golden.storage.decoder import EngineShare, Sparsity, Split, half, merge
 from sw_stack.drive.driver import Driver, Selection
 
 PLACEMENTS = ("engine", "csd", "engine+csd")
@@ -60,38 +59,30 @@ class InStorage:
 
 @dataclass
 class WindowAndStorage:
-    """Sinks and window on the engine (its exact attention, partial), older tokens in the drive."""
+    """The engine's share of attention (sinks and window) merged with the drive's: all tokens between, dense or SparF.
+
+    The drive is given every token but the sinks as it comes, and attends to those that have left the window.
+    """
 
     driver: Driver
     split: Split
-    kv: str = "kv4"
+    sparsity: Sparsity | None = None
     task: int = 0
     batch: int = 0
-    _recent: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
-    def attend(self, layer: int, start: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """See Placement."""
-        return torch.cat([self._token(layer, start + t, q[t], k[t], v[t]) for t in range(len(q))])
-
-    def _token(self, layer: int, position: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        known = self._recent.get(layer)
-        keys, values = (
-            x[None] if known is None else torch.cat([old, x[None]]) for x, old in zip((k, v), known or (k, v))
-        )
+    def attend(self, layer: int, position: int, q: Tensor, k: Tensor, v: Tensor, own: EngineShare) -> Tensor:
+        """Q16 [1, Hq * dh] of one token's q [Hq, dh], k and v [Hkv, dh], with the engine's share [Hq]."""
+        if position >= self.split.sinks:
+            self.driver.append(self.task, self.batch, layer, half(k)[:, None], half(v)[:, None])
         older = self.split.older(position + 1)
-        leaving = len(keys) - self.split.sinks - self.split.window
-        if leaving > 0:
-            at = self.split.sinks
-            moved = (half(x[at : at + leaving].transpose(0, 1)) for x in (keys, values))
-            self.driver.append(self.task, self.batch, layer, *moved)
-            keys, values = (torch.cat([x[:at], x[at + leaving :]]) for x in (keys, values))
-        self._recent[layer] = keys, values
-        engine = engine_partial(q, keys, values, KV_FORMATS[self.kv].bits)
         if not older:
-            return attention.finish(engine).flatten()[None]
-        result = self.driver.attend(self.task, self.batch, layer, half(q)[None], tokens=older, partial=True)
+            return own.y.flatten()[None]
+        selection = Selection(*self.sparsity.at(older)) if self.sparsity else None
+        result = self.driver.attend(
+            self.task, self.batch, layer, half(q)[None], selection, older, partial=True
+        )
         if result.errors:
             raise result.errors[0]
         outputs = ops.to_q16(result.outputs[0].astype(np.float64))
         state = (torch.from_numpy(x[0]) for x in (result.maximum, result.sum))
-        return merged_row(engine, outputs, *state)
+        return merge(own, outputs, *state).flatten()[None]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -15,10 +16,11 @@ import torch
 from golden import ops
 from golden.formats.weights import QuantisedWeight
 from golden.spec import KVStrataError
+from golden.storage.decoder import EngineShare
 from sw_stack.compile.decoder import Programs
 from sw_stack.compile.program import step_registers
 from sw_stack.device.protocol import EngineDevice, RunResult
-from sw_stack.runtime.placement import Placement
+from sw_stack.runtime.placement import Placement, WindowAndStorage
 
 
 @dataclass
@@ -67,7 +69,11 @@ class Session:
         self.length += len(ids)
 
     def _layers(self, tokens: int) -> None:
-        self._run("decode" if tokens == 1 else "prefill", tokens)
+        name = "decode" if tokens == 1 else "prefill"
+        ring = self.programs.map.ring
+        if "sinks" in self.programs.programs and ring is not None and self.length < ring.sinks:
+            name = "sinks"
+        self._run(name, tokens)
 
     def _write_rows(self, region: str, rows: torch.Tensor) -> None:
         place = self.programs.map.regions[region]
@@ -112,15 +118,39 @@ class Session:
 class SplitSession(Session):
     """A sequence whose attention happens elsewhere: `programs` from `compile_split`, one token per pass."""
 
+    cut: ClassVar[str] = "split"
     placement: Placement | None = None
 
     def _layers(self, tokens: int) -> None:
-        assert self.placement is not None
+        model = self.programs.map.model
+        for layer in range(model.layers):
+            self._run(f"{self.cut}{layer}", tokens)
+            self._write_rows("mixed", self._attention(layer, *self._queries(tokens)))
+        self._run(f"{self.cut}{model.layers}", tokens)
+
+    def _queries(self, tokens: int) -> tuple[torch.Tensor, ...]:
+        """q, k and v [tokens, heads, dh] that the layer's first half left."""
         model = self.programs.map.model
         heads = (model.heads, model.kv_heads, model.kv_heads)
-        for layer in range(model.layers):
-            self._run(f"split{layer}", tokens)
-            qkv = self._rows("qkv", tokens, sum(heads) * model.head_size)
-            q, k, v = qkv.view(tokens, -1, model.head_size).split(heads, 1)
-            self._write_rows("mixed", self.placement.attend(layer, self.length, q, k, v))
-        self._run(f"split{model.layers}", tokens)
+        qkv = self._rows("qkv", tokens, sum(heads) * model.head_size)
+        return qkv.view(tokens, -1, model.head_size).split(heads, 1)
+
+    def _attention(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        assert self.placement is not None
+        return self.placement.attend(layer, self.length, q, k, v)
+
+
+@dataclass
+class SharedSession(SplitSession):
+    """A sequence whose attention the engine shares with a drive: `programs` from `compile_shares`."""
+
+    cut = "share"
+    older: WindowAndStorage | None = None
+
+    def _attention(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        assert self.older is not None
+        model, lanes = self.programs.map.model, self.programs.map.engine.vector_lanes
+        states = self._rows("states", model.heads, lanes)
+        y = self._rows("mixed", 1, model.heads * model.head_size).view(model.heads, -1)
+        total = (states[:, 2] << 32) + (states[:, 1] & 0xFFFFFFFF)
+        return self.older.attend(layer, self.length, q[0], k[0], v[0], EngineShare(states[:, 0], total, y))

@@ -17,6 +17,7 @@ from sw_stack.device.golden import GoldenDevice
 from sw_stack.device.protocol import EngineDevice
 from sw_stack.pack.image import Image, pack_checkpoint
 from sw_stack.pack.memory_map import MemoryMap
+from sw_stack.pack.ring import KVRing
 from sw_stack.runtime.session import Session
 
 SHAPE = DecoderConfig("random", layers=2, hidden=128, heads=4, kv_heads=2, head_size=32, ffn=192, vocab=160,
@@ -65,10 +66,11 @@ def make_machine(
     kv: str = "kv4",
     context: int = 64,
     chunk: int | None = None,
+    ring: KVRing | None = None,
 ) -> Machine:
     """Pack and compile a model in `folder`."""
     checkpoint = model if isinstance(model, Checkpoint) else random_checkpoint(model)
-    memory_map = MemoryMap(checkpoint.config, engine, weights, kv, context)
+    memory_map = MemoryMap(checkpoint.config, engine, weights, kv, context, ring)
     image = pack_checkpoint(folder / "image", memory_map, checkpoint)
     programs = compile_model(memory_map, image.norm_exponents, chunk)
     return Machine(checkpoint, ExactDecoder(checkpoint, weights, kv), image, programs)

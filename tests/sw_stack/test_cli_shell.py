@@ -45,6 +45,7 @@ def test_makefile_help_lists_every_verb():
     [
         (["generate", "--prompt", " "], "a prompt has at least one character that is not a space"),
         (["generate", "--prompt", "x", "--model", "missing.gguf"], "existing file, got missing.gguf"),
+        (["generate", "--prompt", "x", "--policy", "gpu"], "a policy is one of dense, lambda; got 'gpu'"),
         (["synth", "--family", "ecp6"], "a family is one of xcup, xc7"),
         (["bench", "nothing"], "a benchmark area is one of"),
     ],

@@ -8,21 +8,32 @@ import numpy as np
 import pytest
 import torch
 
-from golden.attention import Partial, finish
+from golden.config import LlamaConfig
 from golden.exact_decoder import ExactDecoder
+from golden.lambda_window import LambdaWindow
 from golden.ops import to_q16
 from golden.spec import KVStrataError
-from golden.spec.engine import SMALL
+from golden.spec.engine import SMALL, TINY, U280, EngineConfig
 from golden.storage.attention import dense
-from golden.storage.decoder import HybridDecoder, Sparsity, Split, StorageDecoder, engine_partial, half, merge
-from sw_stack.compile.decoder import compile_split
+from golden.storage.decoder import (
+    EngineShare,
+    HybridDecoder,
+    Sparsity,
+    Split,
+    StorageDecoder,
+    engine_partial,
+    half,
+    merge,
+)
+from sw_stack.compile.decoder import compile_shares, compile_split
 from sw_stack.device.golden import GoldenDevice
 from sw_stack.drive.driver import Driver, open_drive
 from sw_stack.drive.errors import DriveFull
 from sw_stack.drive.flash import Geometry
 from sw_stack.drive.shape import TaskShape
+from sw_stack.pack.ring import KVRing
 from sw_stack.runtime.placement import InStorage, Placement, WindowAndStorage
-from sw_stack.runtime.session import SplitSession
+from sw_stack.runtime.session import SharedSession, SplitSession
 from tests.sw_stack.machines import SHAPE, Machine, MakeMachine
 
 MODEL = dataclasses.replace(SHAPE, heads=2, kv_heads=1, head_size=64)
@@ -55,17 +66,30 @@ def test_attention_in_storage_equals_its_golden_form(machine: MakeMachine, spars
         assert torch.equal(session.forward(ids), golden.forward(ids, cache, last_only=True)[0])
 
 
-def test_the_split_equals_its_golden_form_and_both_halves_matter(machine: MakeMachine) -> None:
-    made = machine(MODEL, SMALL, context=128)
-    split = Split(sinks=2, window=16)
-    placement = WindowAndStorage(drive(made), split)
-    session = split_session(made, placement)
-    golden = HybridDecoder(made.checkpoint, split)
+def shared_session(machine: Machine, older: WindowAndStorage) -> SharedSession:
+    programs = compile_shares(machine.image.map, machine.image.norm_exponents)
+    device = GoldenDevice(machine.image, seed=1)
+    return SharedSession(device, programs, machine.golden.matrices["embed"].weight, older=older)
+
+
+@pytest.mark.parametrize(
+    ("engine", "sparsity"), [(SMALL, None), (TINY, Sparsity(r=16, ratio=3, window=4))], ids=["dense", "sparf"]
+)
+def test_the_split_equals_its_golden_form_and_both_halves_matter(
+    machine: MakeMachine, engine: EngineConfig, sparsity: Sparsity | None
+) -> None:
+    split = Split(sinks=2, window=21)
+    made = machine(MODEL, engine, context=128, ring=KVRing.of_split(split))
+    assert made.image.map.slots == 32
+    older = WindowAndStorage(drive(made), split, sparsity)
+    session = shared_session(made, older)
+    golden = HybridDecoder(made.checkpoint, split, sparsity=sparsity)
     cache = golden.new_cache()
     ids = prompt(50)
     logits = session.forward(ids)
     assert torch.equal(logits, golden.forward(ids, cache, last_only=True)[0])
-    assert placement.driver.held(0, 0, 1) == 50 - 18
+    assert torch.equal(session.forward([7]), golden.forward([7], cache)[0])
+    assert older.driver.held(0, 0, 1) == 51 - 2
     window_alone = HybridDecoder(made.checkpoint, split)
     window_alone.split = dataclasses.replace(split, window=10)
     assert not torch.equal(window_alone.forward(ids, window_alone.new_cache(), last_only=True)[0], logits)
@@ -96,11 +120,39 @@ def test_merging_is_log_sum_exp() -> None:
         top = int(torch.ceil(scores.max()))
         total = (torch.exp2(scores - top).sum() * 2.0**40).long()
         output = to_q16(dense(half(x[0][h])[None], old_k, old_v)[0].astype(float))
-        mine = Partial(engine.m[h, 0], engine.l[h, 0], engine.o[h, 0])
+        mine = EngineShare(*(x[h, 0] for x in EngineShare.of(engine)))
         merged = merge(mine, output, torch.tensor(top), total).double() / 65536
         assert (merged - truth).abs().max() < 0.01
         nothing = merge(mine, output, torch.tensor(0), torch.tensor(0))
-        assert torch.equal(nothing, finish(mine))
+        assert torch.equal(nothing, mine.y)
+
+
+@pytest.mark.parametrize(
+    ("shape", "engine", "window"),
+    [
+        (SHAPE, SMALL, LambdaWindow(3, 32)),
+        (MODEL, TINY, LambdaWindow(0, 32, limit=7)),
+        (SHAPE, U280, LambdaWindow(4, 32, limit=40)),
+        (MODEL, SMALL, LambdaWindow(2, 128)),
+    ],
+    ids=["sinks", "no-sinks", "u280", "wide"],
+)
+def test_a_lambda_window_equals_its_golden_form(
+    machine: MakeMachine, shape: LlamaConfig, engine: EngineConfig, window: LambdaWindow
+) -> None:
+    """Before the ring is full, while the sinks are handed over, and after, with units in random order."""
+    made = machine(shape, engine, context=96, ring=KVRing.of_lambda(window))
+    golden = ExactDecoder(made.checkpoint, window=window)
+    cache, session = golden.new_cache(), made.session(seed=2)
+    for ids in (prompt(20), prompt(14), [5], prompt(40), [9]):
+        assert torch.equal(session.forward(ids), golden.forward(ids, cache, last_only=True)[0])
+
+
+def test_a_window_that_does_not_fill_its_ring_is_refused() -> None:
+    with pytest.raises(
+        KVStrataError, match="a multiple of 32 tokens and fills its ring; got a window of 20 in a ring of 32"
+    ):
+        KVRing.of_lambda(LambdaWindow(2, 20))
 
 
 def test_a_drive_that_fills_up_ends_the_sequence_with_one_sentence(machine: MakeMachine) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from golden.loaders import Checkpoint
 from golden.ops import argmax_lowest
 from golden.spec import KVStrataError
 from golden.spec.storage import PPN
-from golden.storage.decoder import Sparsity, StorageDecoder
+from golden.storage.decoder import HybridDecoder, Sparsity, Split, StorageDecoder
 from sw_stack.drive.attention import HeadPages, Job
 from sw_stack.drive.driver import Selection, open_drive
 from sw_stack.drive.flash import Geometry
@@ -59,11 +60,14 @@ def test_the_rtl_answers_from_the_maps_as_the_golden_unit_does() -> None:
             for driver in drives:
                 if selection is None:
                     driver.append(0, batch, 0, k, v)
-                answers.append(driver.attend(0, batch, 0, q, selection, tokens))
+                answers.append(driver.attend(0, batch, 0, q, selection, tokens, partial=True))
             assert not answers[0].errors
             assert not answers[1].errors
             got, expected = (a.outputs.view(np.uint16) for a in answers)
             assert np.array_equal(got, expected), f"step {step}, {tokens} tokens, {selection}"
+            for state in ("maximum", "sum"):
+                got, expected = (getattr(a, state) for a in answers)
+                assert np.array_equal(got, expected), f"{state} of step {step}, {selection}"
     assert len(unit.cycles) == 8 * 2 * 2
 
 
@@ -87,11 +91,37 @@ def test_text_with_attention_in_storage_on_rtl(smollm2: Checkpoint, sparsity: Sp
         session.device.close()
 
 
-def test_the_merge_needs_a_state_that_the_rtl_does_not_give() -> None:
-    with pytest.raises(
-        KVStrataError, match="gives no softmax state to merge, so device rtl takes placement engine or csd"
-    ):
-        Setup("tiny", "rtl", "engine+csd", context=32)
+@pytest.mark.slow
+@pytest.mark.rtl
+def test_text_shared_by_engine_and_drive_on_rtl(smollm2: Checkpoint) -> None:
+    """Four real layers, sinks and window on the engine's RTL, older tokens on the drive's, merged by the host."""
+    four = dataclasses.replace(smollm2, config=dataclasses.replace(smollm2.config, layers=4))
+    split = Split(sinks=2, window=6)
+    session = open_session(four, Setup("small", "rtl", "engine+csd", context=64, split=split, memory="20"))
+    golden = HybridDecoder(four, split)
+    cache, ids = golden.new_cache(), [1, 9690, 198, 2683, 359, 253, 5356, 5646, 11173, 3365, 3511]
+    try:
+        for _ in range(3):
+            logits = session.forward(ids)
+            expected, hidden = _observed(golden, cache, ids)
+            assert torch.equal(logits, expected)
+            assert torch.equal(session.hidden(1)[0], hidden)
+            ids = [int(argmax_lowest(logits))]
+    finally:
+        session.device.close()
+
+
+def _observed(golden: HybridDecoder, cache: Any, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of the last token, and the residual stream that the last layer leaves."""
+    hidden = []
+
+    def probe(layer: int, operator: str, operands: dict[str, Any]) -> None:
+        if operator == "residual.ffn":
+            hidden.append(operands["sum"])
+
+    golden.probe = probe
+    logits = golden.forward(ids, cache, last_only=True)[0]
+    return logits, hidden[-1][-1]
 
 
 def test_a_drive_has_the_units_channels() -> None:

@@ -17,6 +17,7 @@ from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from golden.spec import formats
+from golden.spec.engine import SOFTMAX_EMPTY
 from hw.engine.interfaces import GROUP_ADDR, TABLE_ADDR, act_write, table_write
 from hw.engine.sfu import tables
 from hw.engine.sfu.scalars import RECIP_BITS, RECIP_ONE
@@ -25,8 +26,8 @@ from hw.lib.pipeline import Pipe, tree_cycles
 from hw.lib.streams import StreamFIFO, check_count
 
 TILE = formats.ATTN_TILE
-EMPTY_MAX = -(1 << 20)
-"""Running maximum before any live slot: below every score, so that the first shift is the largest, of a zero sum."""
+EMPTY_MAX = SOFTMAX_EMPTY
+"""Running maximum before any live slot: the first shift is then the largest, of a zero sum."""
 MAX_BITS = signed(21)
 DECAY_MAX = 63
 L_BITS = 48
@@ -95,6 +96,13 @@ class _Final(data.Struct):
     table: unsigned(TABLE_ADDR)
 
 
+class SoftmaxState(data.Struct):
+    """What a vector's softmax ended in: golden.spec.engine.SOFTMAX_STATE."""
+
+    maximum: MAX_BITS
+    sum: unsigned(L_BITS)
+
+
 def fp16_parts(half) -> tuple:
     """(11-bit mantissa, exponent of int24, sign) of finite binary16 bits: int24 = mantissa << exponent."""
     normal = half[10:15].any()
@@ -134,7 +142,8 @@ class SoftmaxUnit(wiring.Component):
     """Scores of one vector after the other to A8 groups with sidecars, and one output scale per vector.
 
     `i`: stream of `softmax_word`; whole tiles, of which dead words may hold anything. `act`: one write per tile;
-    `table`: (g, rl, 23) per vector, (0, 0, 23) when no slot is live. `idle`: nothing is inside.
+    `table`: (g, rl, 23) per vector, (0, 0, 23) when no slot is live. `state`: maximum and sum per vector, before
+    its `table` write; the next vector's reciprocal waits for the transfer. `idle`: nothing is inside.
 
     Timing, from the transfer of a tile's last word to its `act` write: `tile_latency_of(lanes)`; from the transfer of a
     vector's last word to its `table` write: `vector_latency_of(lanes)`, when no earlier vector waits for the divider.
@@ -151,6 +160,7 @@ class SoftmaxUnit(wiring.Component):
                 "i": In(stream.Signature(softmax_word(lanes))),
                 "act": Out(act_write()),
                 "table": Out(table_write()),
+                "state": Out(stream.Signature(SoftmaxState)),
                 "idle": Out(1),
             }
         )
@@ -173,7 +183,7 @@ class SoftmaxUnit(wiring.Component):
         begin = self.i.valid & self.i.ready & self.i.p.start
         m.d.comb += [
             self.i.ready.eq(~self.i.p.start | (waiting != VECTORS_IN_FLIGHT)),
-            self.idle.eq(waiting == 0),
+            self.idle.eq((waiting == 0) & ~self.state.valid),
         ]
         m.d.sync += waiting.eq(waiting + begin - self.table.en)
 
@@ -228,6 +238,11 @@ class SoftmaxUnit(wiring.Component):
             m.d.sync += running.eq(new)
         ended = Signal()
         rise = running - pipe.reg(old, "old")
+        m.submodules.maxima = self._maxima = StreamFIFO(MAX_BITS, VECTORS_IN_FLIGHT)
+        m.d.comb += [
+            self._maxima.i.valid.eq(ended & pipe.reg(place_late.last, "last")),
+            self._maxima.i.payload.eq(running),
+        ]
         m.d.sync += [
             ended.eq(ends),
             out.valid.eq(ended),
@@ -336,10 +351,17 @@ class SoftmaxUnit(wiring.Component):
             divider.o.ready.eq(1),
         ]
         m.d.sync += self.table.en.eq(0)
+        with m.If(self.state.ready):
+            m.d.sync += self.state.valid.eq(0)
         with m.FSM(name="finish"):
-            with m.State("WAIT"), m.If(finals.o.valid):
+            with m.State("WAIT"), m.If(finals.o.valid & ~self.state.valid):
                 m.d.sync += [total.eq(finals.o.p.l), self.table.addr.eq(finals.o.p.table)]
-                m.d.comb += finals.o.ready.eq(1)
+                m.d.sync += [
+                    self.state.valid.eq(1),
+                    self.state.p.maximum.eq(self._maxima.o.payload),
+                    self.state.p.sum.eq(finals.o.p.l),
+                ]
+                m.d.comb += [finals.o.ready.eq(1), self._maxima.o.ready.eq(1)]
                 m.next = "LENGTH"
             with m.State("LENGTH"):
                 m.d.sync += length.eq(arith.bit_length(total))

@@ -20,13 +20,14 @@ everything but one latency per pass.
 `fresh` replaces the scan: every write to VB collects the extremes of its vector, and they are replayed.
 """
 
-from amaranth import EnableInserter, Module, Mux, Signal, unsigned
+from amaranth import Cat, EnableInserter, Module, Mux, Signal, signed, unsigned
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from golden.spec import formats
-from golden.spec.engine import EngineConfig, Op
+from golden.spec.engine import SOFTMAX_STATE, EngineConfig, Op
 from hw.engine.interfaces import (
+    VB_ADDR,
     VectorOp,
     act_write,
     kv_record,
@@ -115,6 +116,7 @@ class VectorUnit(wiring.Component):
         self._join(m, walker.op, fetch.o, known, array.i, softmax.i)
         self._retire(m, walker.op, array.o, reducer.i, groups)
         self._merge(m, walker.op, scalars, softmax, groups)
+        self._export(m, walker, softmax.state)
         self._control(m, walker, softmax, array)
         return m
 
@@ -293,6 +295,22 @@ class VectorUnit(wiring.Component):
         ]
         for k in range(self._config.vector_lanes):
             m.d.comb += [self.kv.p.codes[k].eq(results.p.y[k]), groups.codes[k].eq(results.p.y[k])]
+
+    def _export(self, m: Module, walker, state) -> None:
+        """Softmax states to the vector buffer, whose port no other result of a SOFTMAX takes; or to nowhere."""
+        op, address, maximum = walker.op, Signal(VB_ADDR), Signal(signed(32))
+        m.d.comb += [state.ready.eq(~op.export | self.y.rdy), maximum.eq(state.p.maximum)]
+        with m.If(walker.accepted):
+            m.d.sync += address.eq(op.state)
+        with m.Elif(state.valid & state.ready):
+            m.d.sync += address.eq(address + 1)
+        with m.If(state.valid & op.export):
+            m.d.comb += [
+                self.y.en.eq(1),
+                self.y.addr.eq(address),
+                self.y.data.eq(Cat(maximum, state.p.sum)),
+                self.y.mask.eq((1 << len(SOFTMAX_STATE)) - 1),
+            ]
 
     def _merge(self, m: Module, op, scalars, softmax, groups) -> None:
         """The two writers of groups and of the scale table: one of them works at a time."""

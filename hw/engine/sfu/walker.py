@@ -119,10 +119,11 @@ class Walker(wiring.Component):
         rope = (op.op == int(Op.ROPE)) & op.count[0]
         shape = (op.count == 0) | (op.vectors == 0) | kv | softmax | rope
         entries = is_op(op.op, Op.QUANT, Op.SOFTMAX) & (op.table + op.vectors > self._config.table_entries)
+        states = (op.op == int(Op.SOFTMAX)) & op.export & (op.state + op.vectors > self._config.vb_words)
         return Mux(
             ~known,
             Error.ILLEGAL_INSTRUCTION.value,
-            Mux(shape, Error.SHAPE.value, Mux(entries, Error.ADDRESS.value, Error.NONE.value)),
+            Mux(shape, Error.SHAPE.value, Mux(entries | states, Error.ADDRESS.value, Error.NONE.value)),
         )
 
     def _decode(self, m: Module) -> None:

@@ -6,7 +6,7 @@
 // beats of 32 bytes. Kind 0: config; 1: command, given when the unit takes it; 2: abort, `operands` cycles later;
 // 3: reset of unit, channels and maps' answers after `operands` cycles in which nothing is given; open commands are lost.
 // MAP: 64-bit key (PAGE_REQUEST fields sequence, kv_head, kind, index: see key_of), 32-bit page, 32-bit flags (1: DRAM).
-// RESULTS: text, a line per event: "o KERNEL ID QUERY ELEMENT BITS", "c CYCLE ID SEQUENCE HEAD STATUS FIELD INDEX",
+// RESULTS: text, a line per event: "o KERNEL ID QUERY ELEMENT BITS", "m ID QUERY MAXIMUM SUM" with a query's element 0, "c CYCLE ID SEQUENCE HEAD STATUS FIELD INDEX",
 // "s STATUS FIELD" for a config, "r CHANNEL PAGE" for a read, "n CYCLES" and "k COUNTER..." at the end. Flash parameters are those of FlashParams;
 // pause_out and pause_map are percentages of idle cycles, map_latency cycles from a request to its answer, pause_seed,
 // reset_cycles (hw/storage/timing.py).
@@ -208,13 +208,15 @@ int main(int argc, char** argv) {
       if (commanded) std::fprintf(out, "r %zu %u\n", n, *ports[n].command);
       channels[n]->tick(commanded, *ports[n].command, *ports[n].beat_ready);
     }
-    auto output = [&](int kernel, uint8_t valid, uint8_t ready, uint64_t word) {
+    auto output = [&](int kernel, uint8_t valid, uint8_t ready, uint64_t word, const uint32_t* softmax) {
       if (!valid || !ready) return;
       std::fprintf(out, "o %d %u %u %u %u\n", kernel, unsigned(word >> 27 & 0xffff), unsigned(word >> 16 & 7), unsigned(word >> 19 & 127), unsigned(word & 0xffff));
+      if ((word >> 19 & 127) == 0)
+        std::fprintf(out, "m %u %u %d %llu\n", unsigned(word >> 27 & 0xffff), unsigned(word >> 16 & 7), int(bits(softmax, 0, 14) << 18) >> 18, (unsigned long long)bits(softmax, 14, 58));
       last = cycle;
     };
-    output(0, dut.output___05F0___05Fvalid, dut.output___05F0___05Fready, dut.output___05F0___05Fpayload);
-    output(1, dut.output___05F1___05Fvalid, dut.output___05F1___05Fready, dut.output___05F1___05Fpayload);
+    output(0, dut.output___05F0___05Fvalid, dut.output___05F0___05Fready, dut.output___05F0___05Fpayload, dut.softmax___05F0.data());
+    output(1, dut.output___05F1___05Fvalid, dut.output___05F1___05Fready, dut.output___05F1___05Fpayload, dut.softmax___05F1.data());
     if (dut.config_done) std::fprintf(out, "s %u %u\n", dut.config_status & 0xff, dut.config_status >> 8);
     if (dut.completion___05Fvalid) {
       const uint32_t* c = dut.completion___05Fpayload.data();

@@ -155,8 +155,8 @@ KINDS = ("ordinary", "wide", "tiny", "extreme", "lowest", "equal", "zero", "spik
 
 def softmax(
     z: list[int], live: list[int], scale: list[float], minimum: list[float]
-) -> tuple[list[dict], dict]:
-    """Section 8 from the scores on: per tile of 32 the codes and the sidecar, and the final output scale.
+) -> tuple[list[dict], dict, tuple[int, int]]:
+    """Section 8 from the scores on: per tile of 32 the codes and the sidecar, the final output scale, and (M, l).
 
     `z` and the records are padded to whole tiles.
     """
@@ -178,9 +178,9 @@ def softmax(
         addend = rs(sum(p[t] * int24(minimum[t]) for t in alive), 15)
         tiles.append({"codes": codes, "addend": addend, "shift": sh - 15, "decay": d})
     if l == 0:
-        return tiles, {"pre": 0, "mult": 0, "post": 23}
+        return tiles, {"pre": 0, "mult": 0, "post": 23}, (-(1 << 20), 0)
     L = l >> (l.bit_length() - 16)
-    return tiles, {"pre": l.bit_length() - 31, "mult": ((1 << 31) - 1) // L, "post": 23}
+    return tiles, {"pre": l.bit_length() - 31, "mult": ((1 << 31) - 1) // L, "post": 23}, (M, l)
 
 
 def attention_output(tiles: list[dict], final: dict, vcodes: list[list[int]]) -> list[int]:

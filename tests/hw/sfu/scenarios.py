@@ -6,8 +6,8 @@ from golden.spec.engine import Op
 from tests.hw.sfu import reference as ref
 from tests.hw.sfu.bench import Machine, instruction
 
-A, B, DST = 0, 512, 1024
-"""Word addresses of the operands and the result: three banks of `tiny`."""
+A, B, DST, STATE = 0, 512, 1024, 1536
+"""Word addresses of the operands, the result and exported softmax states: the banks of `tiny`."""
 
 
 def half_words(rng, n: int) -> tuple[list[int], list[float], list[float]]:
@@ -22,6 +22,11 @@ def half_words(rng, n: int) -> tuple[list[int], list[float], list[float]]:
         scales.append(scale)
         minima.append(minimum)
     return packed, scales, minima
+
+
+def _signed32(value: int) -> int:
+    low = value & 0xFFFFFFFF
+    return low - (1 << 32) if low >> 31 else low
 
 
 class Case:
@@ -55,7 +60,7 @@ class Case:
             machine.load(B + v * stride_b, self.y[v])
         # What lies behind the last element must not matter, nor be overwritten; a result may replace its operand.
         self.dst = A if rng.random() < 0.25 else DST
-        self.before = machine.read(self.dst, 600)
+        self.before = machine.read(STATE if self.op is Op.SOFTMAX else self.dst, 600)
         self.table = rng.randint(0, machine.config.table_entries - self.vectors)
         self.group = rng.randint(0, 100)
         self.group_stride = -(-self.count // 32) + rng.choice([0, 2])
@@ -111,6 +116,8 @@ class Case:
             "sinks": self.rng.choice([0, 0, 4, 33]),
             "low": low,
             "high": self.rng.choice([max(0, low), low + 40, self.count, 65535 - 300]),
+            "export": self.rng.randint(0, 1),
+            "state": STATE,
         }
 
     # --- expectations ---------------------------------------------------------------------------------
@@ -177,9 +184,15 @@ class Case:
                 int(s < f["sinks"] or f["low"] + token <= s < f["high"] + token) for s in range(self.count)
             ] + [0] * pad
             zeros = [0] * pad
-            tiles, final = ref.softmax(self.x[v] + zeros, live, self.scales + zeros, self.minima + zeros)
+            tiles, final, state = ref.softmax(
+                self.x[v] + zeros, live, self.scales + zeros, self.minima + zeros
+            )
             for g, want in enumerate(tiles):
                 at = self.group + v * self.group_stride + g
                 assert machine.groups.pop(at) == want, f"SOFTMAX: tile {g} of vector {v}"
             assert machine.table[self.table + v] == final, f"SOFTMAX: scale of vector {v}"
+            if f["export"]:
+                at = v * self.lanes
+                self.before[at : at + 3] = [state[0], _signed32(state[1]), state[1] >> 32]
+        assert machine.read(STATE, len(self.before)) == self.before, "SOFTMAX: states, and nothing else in VB"
         assert not machine.groups

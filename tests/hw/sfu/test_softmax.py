@@ -73,7 +73,7 @@ class Trace:
     """What the unit wrote, and when."""
 
     def __init__(self):
-        self.tiles, self.finals, self.entered = {}, {}, []
+        self.tiles, self.finals, self.entered, self.states = {}, {}, [], []
         self.tile_cycles, self.final_cycles = [], []
 
 
@@ -81,13 +81,20 @@ def run(lanes: int, vectors: list[dict], pause=no_pause) -> Trace:
     dut, trace = SoftmaxUnit(lanes), Trace()
     words = [word for index, vector in enumerate(vectors) for word in words_of(lanes, index, vector)]
 
+    taker = random.Random(len(words))
+
+    async def states(ctx):
+        while True:
+            ctx.set(dut.state.ready, pause is no_pause or taker.random() < 0.1)
+            await ctx.tick()
+
     async def producer(ctx):
         await put(ctx, dut.i, words, pause)
         await ctx.tick().until(dut.idle)
 
     async def monitor(ctx):
         cycle = 0
-        async for _, _, valid, ready, wrote, addr, codes, side, final, table, entry in ctx.tick().sample(
+        async for sample in ctx.tick().sample(
             dut.i.valid,
             dut.i.ready,
             dut.act.en,
@@ -97,7 +104,12 @@ def run(lanes: int, vectors: list[dict], pause=no_pause) -> Trace:
             dut.table.en,
             dut.table.addr,
             dut.table.entry,
+            dut.state.valid & dut.state.ready,
+            dut.state.payload,
         ):
+            valid, ready, wrote, addr, codes, side, final, table, entry, state, softmax = sample[2:]
+            if state:
+                trace.states.append((softmax.maximum, softmax.sum))
             if valid and ready:
                 trace.entered.append(cycle)
             if wrote:
@@ -110,7 +122,7 @@ def run(lanes: int, vectors: list[dict], pause=no_pause) -> Trace:
                 trace.final_cycles.append(cycle)
             cycle += 1
 
-    simulate(dut, producer, monitors=[monitor])
+    simulate(dut, producer, monitors=[monitor, states])
     return trace
 
 
@@ -119,10 +131,11 @@ def check(lanes: int, seed: int, count: int, stall: float = 0.0) -> None:
     vectors = [vector_of(rng, rng.choice([1, 1, 2, 3, 7])) for _ in range(count)]
     trace = run(lanes, vectors, pauses(seed, stall))
     for index, vector in enumerate(vectors):
-        tiles, final = ref.softmax(**vector)
+        tiles, final, state = ref.softmax(**vector)
         for tile, want in enumerate(tiles):
             assert trace.tiles.get(index * 64 + tile) == want, f"tile {tile} of vector {index}"
         assert trace.finals[index] == final, f"output scale of vector {index}"
+        assert trace.states[index] == state, f"maximum and sum of vector {index}"
     assert len(trace.tiles) == sum(len(v["z"]) // TILE for v in vectors)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from golden.config import LlamaConfig
+from golden.config import DecoderConfig
 from golden.exact_decoder import ExactDecoder
 from golden.lambda_window import LambdaWindow
 from golden.ops import to_q16
@@ -138,7 +138,7 @@ def test_merging_is_log_sum_exp() -> None:
     ids=["sinks", "no-sinks", "u280", "wide"],
 )
 def test_a_lambda_window_equals_its_golden_form(
-    machine: MakeMachine, shape: LlamaConfig, engine: EngineConfig, window: LambdaWindow
+    machine: MakeMachine, shape: DecoderConfig, engine: EngineConfig, window: LambdaWindow
 ) -> None:
     """Before the ring is full, while the sinks are handed over, and after, with units in random order."""
     made = machine(shape, engine, context=96, ring=KVRing.of_lambda(window))

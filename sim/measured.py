@@ -3,8 +3,9 @@
 A file holds {"spec_version", "block", "config", "clock_mhz", "rows": [{"name", "shape", "cycles", "bound_cycles",
 "bytes", "commands" (1 where left out), ...}]}, one block and configuration each. `bound_cycles` is what the block's
 memory or channel rate allows, so `cycles = slope * bound_cycles + fixed` separates what scales with traffic from what
-is paid per command. A table of the block "engine_layer" holds whole decoder layers of a decode step, a command each;
-"storage_unit_sparf" holds SparF batches of the whole in-storage unit. The fit's residual is reported with every result
+is paid per command. "storage_unit_sparf" holds SparF batches of the whole in-storage unit. A table of the block
+"engine_layer" holds whole decoder layers of a decode step, whose form has more terms (`fit_layer`). A table may say by
+which "method" its cycles came, else every row is a run of the RTL. The fit's residual is reported with every result
 that uses it; nothing here is typed in.
 """
 
@@ -21,6 +22,11 @@ from golden.spec import SPEC_VERSION, KVStrataError
 
 CALIBRATION = Path(__file__).resolve().parent / "calibration"
 ROW_FIELDS = ("name", "cycles", "bound_cycles", "bytes")
+LAYER_BLOCK = "engine_layer"
+LAYER_TERMS = ("scores", "kv_heads", "hidden", "layer")
+"""What a layer's cycles beyond its weights grow with: (query head, token) pairs, KV heads whose vectors are appended,
+hidden size (norms, RoPE, residuals), and what starts once."""
+ON_RTL = "measured on RTL"
 
 
 class CalibrationError(KVStrataError):
@@ -50,13 +56,33 @@ class CycleFit:
         value = f"cycles = {self.slope:.5g} * {self.x} + {self.fixed_cycles:.1f} per command"
         if self.start_cycles:
             value += f" + {self.start_cycles:.1f} per batch"
-        source = f"measured on RTL: {self.points} shapes, worst residual {100 * self.worst_residual:.2f}%"
-        return {
-            "device": f"rtl/{self.block}/{self.config}",
-            "field": "cycles",
-            "value": value,
-            "source": source,
-        }
+        source = f"{ON_RTL}: {self.points} shapes, worst residual {100 * self.worst_residual:.2f}%"
+        return _source_row(self.block, self.config, value, source)
+
+
+@dataclass(frozen=True)
+class LayerFit:
+    """cycles of a decoder layer = those of its weights at the memory's rate + `per` each of LAYER_TERMS."""
+
+    config: str
+    weights: str
+    per: dict[str, float]
+    points: int
+    worst_residual: float
+    method: str
+
+    def provenance(self) -> dict[str, Any]:
+        """Row for the list of assumptions and sources of a result."""
+        value = "cycles = weights at the memory's rate" + "".join(
+            f" + {cycles:.4g} {'once' if term == 'layer' else f'* {term}'}"
+            for term, cycles in self.per.items()
+        )
+        source = f"{self.method}: {self.points} layers, worst residual {100 * self.worst_residual:.2f}%"
+        return _source_row(LAYER_BLOCK, f"{self.config}, {self.weights}", value, source)
+
+
+def _source_row(block: str, config: str, value: str, source: str) -> dict[str, Any]:
+    return {"device": f"rtl/{block}/{config}", "field": "cycles", "value": value, "source": source}
 
 
 def fit(blocks: tuple[str, ...], x: str = "bound_cycles", directory: Path | None = None) -> CycleFit:
@@ -65,6 +91,56 @@ def fit(blocks: tuple[str, ...], x: str = "bound_cycles", directory: Path | None
     Raises CalibrationError where none of them has been measured, or a table is stale or malformed.
     """
     return _fit(blocks, x, directory or CALIBRATION)
+
+
+def fit_layer(weights: str, directory: Path | None = None) -> LayerFit:
+    """The form of a decode step's layer with weights of format `weights`.
+
+    Raises CalibrationError where no such layer is in a table, or a table is stale or malformed.
+    """
+    return _fit_layer(weights, directory or CALIBRATION)
+
+
+@lru_cache(maxsize=64)
+def _fit_layer(weights: str, directory: Path) -> LayerFit:
+    tables = [t for t in map(_table, sorted(directory.glob("*.json"))) if t["block"] == LAYER_BLOCK]
+    for table in tables:
+        if rows := [r for r in table["rows"] if r.get("weights") == weights]:
+            return _layer_form(table, weights, rows)
+    raise CalibrationError(
+        f"no decoder layer of {weights} weights in a table {LAYER_BLOCK} under sim/calibration: "
+        "run `make calibrate` to measure it"
+    )
+
+
+def _layer_form(table: dict[str, Any], weights: str, rows: list[dict[str, Any]]) -> LayerFit:
+    """Least squares of relative errors; no term is below zero: the least one is left out until none is."""
+    if len({tuple(r["shape"]) for r in rows}) <= len(LAYER_TERMS):
+        raise CalibrationError(
+            f"a closed form of {LAYER_BLOCK} with {weights} weights needs more than {len(LAYER_TERMS)} layers, "
+            f"got {len(rows)}: run `make calibrate`"
+        )
+    terms, per = list(LAYER_TERMS), {}
+    while terms:
+        columns = [[Fraction(_term(r, t)) / Fraction(r["cycles"]) for t in terms] for r in rows]
+        rest = [1 - Fraction(r["weight_cycles"]) / Fraction(r["cycles"]) for r in rows]
+        per = dict(zip(terms, _normal_equations(columns, rest)))
+        least = min(per, key=lambda term: per[term])
+        if per[least] >= 0:
+            break
+        terms.remove(least)
+    worst = max(
+        abs((r["weight_cycles"] + sum(v * _term(r, t) for t, v in per.items())) / r["cycles"] - 1)
+        for r in rows
+    )
+    method = table.get("method", ON_RTL)
+    return LayerFit(
+        table["config"], weights, {t: per.get(t, 0.0) for t in LAYER_TERMS}, len(rows), worst, method
+    )
+
+
+def _term(row: dict[str, Any], term: str) -> float:
+    return 1.0 if term == "layer" else float(row[term])
 
 
 @lru_cache(maxsize=64)
@@ -93,8 +169,11 @@ def _table(path: Path) -> dict[str, Any]:
         raise CalibrationError(
             f"{path.name} was measured at spec {got!r}, not {SPEC_VERSION!r}: run `make calibrate`"
         )
+    needed: tuple[str, ...] = ROW_FIELDS
+    if table["block"] == LAYER_BLOCK:
+        needed = (*ROW_FIELDS, "weights", "shape", "weight_cycles", *LAYER_TERMS[:-1])
     for row in table["rows"]:
-        if missing := [f for f in ROW_FIELDS if f not in row]:
+        if missing := [f for f in needed if f not in row]:
             raise CalibrationError(
                 f"{path.name} row {row.get('name', '?')} lacks {missing[0]}: run `make calibrate`"
             )
@@ -137,10 +216,7 @@ def _miss(form: tuple[float, float, float], point: tuple[float, float, float]) -
 
 
 def _solved(points: list[tuple[float, float, float]], terms: str, least: float) -> tuple[float, float, float]:
-    """(slope, fixed per command, start per batch); a term that `terms` does not name is at its least.
-
-    Normal equations in rational arithmetic, so that every machine finds the same bits.
-    """
+    """(slope, fixed per command, start per batch); a term that `terms` does not name is at its least."""
     rows: list[list[Fraction]] = []
     rest: list[Fraction] = []
     for amount, commands, cycles in points:
@@ -148,17 +224,22 @@ def _solved(points: list[tuple[float, float, float]], terms: str, least: float) 
         columns = {"s": a / y, "f": c / y, "b": 1 / y}
         rows.append([columns[t] for t in terms])
         rest.append(1 - Fraction(0.0 if "s" in terms else least) * a / y)
-    size = range(len(terms))
+    values = dict(zip(terms, _normal_equations(rows, rest)))
+    return values.get("s", least), values.get("f", 0.0), values.get("b", 0.0)
+
+
+def _normal_equations(rows: list[list[Fraction]], rest: list[Fraction]) -> list[float]:
+    """Least squares of rows * x = rest, in rational arithmetic, so that every machine finds the same bits."""
+    size = range(len(rows[0]))
     normal = [[sum((r[i] * r[j] for r in rows), Fraction(0)) for j in size] for i in size]
     right = [sum((r[i] * v for r, v in zip(rows, rest)), Fraction(0)) for i in size]
     for i in size:
-        for k in range(i + 1, len(terms)):
+        for k in range(i + 1, len(size)):
             factor = normal[k][i] / normal[i][i]
             normal[k] = [x - factor * y for x, y in zip(normal[k], normal[i])]
             right[k] -= factor * right[i]
-    found = [Fraction(0)] * len(terms)
+    found = [Fraction(0)] * len(size)
     for i in reversed(size):
         later = sum((normal[i][j] * found[j] for j in size if j > i), Fraction(0))
         found[i] = (right[i] - later) / normal[i][i]
-    values = dict(zip(terms, map(float, found)))
-    return values.get("s", least), values.get("f", 0.0), values.get("b", 0.0)
+    return list(map(float, found))

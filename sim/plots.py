@@ -21,6 +21,7 @@ CATEGORY_COLOURS = {
     "kv access": "#d1495b",
     "weight access": "#edae49",
     "compute": "#00798c",
+    "vector work": "#5f6caf",
     "csd compute": "#66a182",
     "transfer": "#8d96a3",
     "framework": "#2e4057",

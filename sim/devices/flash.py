@@ -4,7 +4,8 @@ C channels, n dies per channel, p planes read together, P page bytes, tcmd comma
 
 - channel:  C * p * P / (tcmd + p * tx)
 - array, pipelined data-out: C * n * p * P / (tcmd + tR + p * tx)
-- array, waiting data-outs served before any new command: C * n * p * P / (tcmd + tR + n * p * tx)
+- array, waiting data-outs served before any new command: C * n * p * P / (tcmd + tR + n * p * tx) where every
+  read takes as long; page types and retries take dies out of step: `flash_channel.unsteady_round_us` has their round
 - cache read (the next page senses while one is in the cache register): C * n * p * P / max(tR, tcmd + p * tx)
 
 `sim.devices.flash_pages` simulates every page and must meet these in their regimes.
@@ -16,6 +17,7 @@ import math
 from functools import lru_cache
 
 from sim.describe.devices import Flash
+from sim.devices.flash_channel import Bus, Sensing, unsteady_round_us
 from sim.devices.limits import Bandwidth
 
 
@@ -58,21 +60,40 @@ def sense_us(flash: Flash) -> float:
     return flash.read_us * (1 + sum(flash.retry_rate**n for n in range(1, flash.retry_max + 1)))
 
 
+def sensing(flash: Flash) -> Sensing:
+    """How long this flash senses, read by read."""
+    return Sensing(flash.read_us, flash.read_spread_us, flash.retry_rate, flash.retry_max)
+
+
+def bus_of(flash: Flash, together: int) -> Bus:
+    """A channel's bus for commands that sense `together` pages."""
+    out = together * transfer_us(flash)
+    return Bus(flash.command_us, out, flash.arbitration == "pipelined", flash.cache_read)
+
+
+def _round_us(flash: Flash) -> float:
+    """Time in which every die of a channel gives the pages of one command, no other limit binding."""
+    p, tx, n = planes(flash), transfer_us(flash), flash.dies_per_channel
+    if flash.cache_read:
+        return max(sense_us(flash), flash.command_us + p * tx)
+    alone = flash.command_us + sense_us(flash)
+    if flash.arbitration == "pipelined":
+        return alone + p * tx
+    if sensing(flash).fixed:
+        return alone + n * p * tx
+    return unsteady_round_us(bus_of(flash, p), n, sensing(flash))
+
+
 def read_limits(flash: Flash) -> Bandwidth:
     """Sustained read bandwidth of saturated sequential reads, with every limit."""
-    p, tx, tcmd, tr = planes(flash), transfer_us(flash), flash.command_us, sense_us(flash)
-    n, per_channel = flash.dies_per_channel, flash.channels * p * flash.page_bytes / 1e3
-    if flash.cache_read:
-        array = n * per_channel / max(tr, tcmd + p * tx)
-    elif flash.arbitration == "pipelined":
-        array = n * per_channel / (tcmd + tr + p * tx)
-    else:
-        array = n * per_channel / (tcmd + tr + n * p * tx)
-    bus = per_channel / (p * tx)
+    out, per_channel = (
+        planes(flash) * transfer_us(flash),
+        flash.channels * planes(flash) * flash.page_bytes / 1e3,
+    )
     limits = {
-        "flash array": array,
-        "flash channel with commands": per_channel / (tcmd + p * tx),
-        "flash channel": bus,
+        "flash array": flash.dies_per_channel * per_channel / _round_us(flash),
+        "flash channel with commands": per_channel / (flash.command_us + out),
+        "flash channel": per_channel / out,
     }
     return Bandwidth("flash read", limits)
 
@@ -140,9 +161,9 @@ def scattered_limits(flash: Flash, pages: float, drives: int = 1) -> Bandwidth:
     array = drives * even["flash array"] / on_dies
     if flash.arbitration == "transfer-first" and not flash.cache_read:
         # The fullest die sets the number of rounds; data-outs take the bus no longer than evenly filled.
-        rounds = on_dies * (flash.command_us + sense_us(flash))
-        out = planes(flash) * transfer_us(flash)
-        array = dies * planes(flash) * flash.page_bytes / 1e3 / (rounds + flash.dies_per_channel * out)
+        out = flash.dies_per_channel * planes(flash) * transfer_us(flash)
+        rounds = on_dies * max(_round_us(flash) - out, 0.0)
+        array = dies * planes(flash) * flash.page_bytes / 1e3 / (rounds + out)
     limits = {
         "flash array, fullest die": array,
         "flash channel, fullest": drives * even["flash channel with commands"] / on_channels,

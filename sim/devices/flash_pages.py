@@ -24,7 +24,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from sim.describe.devices import Flash
-from sim.devices.flash import partial_us, planes, transfer_us, units
+from sim.devices.flash import bus_of, partial_us, planes, sensing, transfer_us, units
+from sim.devices.flash_channel import run_channel
 
 
 @dataclass(frozen=True)
@@ -45,38 +46,21 @@ class PageRun:
         return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
-def sense_times_us(flash: Flash, rng: random.Random) -> Callable[[], float]:
-    """A generator of array times: mean +- spread by page type (lower, upper), plus whole re-reads on retry."""
-    if not flash.read_spread_us and not flash.retry_rate:
-        return lambda: flash.read_us
-    chance = rng.random
-
-    def draw() -> float:
-        sense = flash.read_us + (flash.read_spread_us if chance() < 0.5 else -flash.read_spread_us)
-        tries = 1
-        while tries <= flash.retry_max and chance() < flash.retry_rate:
-            tries += 1
-        return sense * tries
-
-    return draw
-
-
 def stream(flash: Flash, pages: int, seed: int = 0) -> PageRun:
     """Read `pages` pages striped evenly over channels, dies and planes; all commands are queued from the start."""
     rng = random.Random(seed)
     latencies: list[float] = []
-    fixed = not flash.read_spread_us and not flash.retry_rate
+    times = sensing(flash)
     ends: dict[int, float] = {}
     slowest = 0.0
     for number in range(flash.channels):
         own = pages // flash.channels + (number < pages % flash.channels)
-        if fixed and own in ends:
+        if times.fixed and own in ends:
             continue
         # A read smaller than a full stripe senses only the planes that it needs.
         together = max(1, min(planes(flash), own))
-        ends[own] = _channel(
-            flash, _even(-(-own // together), flash), together, sense_times_us(flash, rng), latencies
-        )
+        commands = _even(-(-own // together), flash)
+        ends[own] = run_channel(bus_of(flash, together), commands, times.times_us(rng), latencies)
         slowest = max(slowest, ends[own])
     return PageRun(pages, slowest * 1e-6, latencies)
 
@@ -96,51 +80,14 @@ def scattered(flash: Flash, pages: int, drives: int = 1, seed: int = 0) -> PageR
     worst = loads[int(loads.max(axis=(1, 2)).argmax())].tolist()
     rng = random.Random(seed)
     latencies: list[float] = []
-    ends = [_channel(flash, queues, p, sense_times_us(flash, rng), latencies) for queues in worst]
+    bus, sense = bus_of(flash, p), sensing(flash).times_us(rng)
+    ends = [run_channel(bus, queues, sense, latencies) for queues in worst]
     return PageRun(sum(map(sum, worst)) * p, max(ends) * 1e-6, latencies)
 
 
 def _even(commands: int, flash: Flash) -> list[int]:
     dies = flash.dies_per_channel
     return [commands // dies + (i < commands % dies) for i in range(dies)]
-
-
-def _channel(
-    flash: Flash, queues: list[int], p: int, sense: Callable[[], float], latencies: list[float]
-) -> float:
-    """One channel until the queue of each die (commands of `p` pages) is empty; returns the end in microseconds."""
-    tcmd, out, cached = flash.command_us, p * transfer_us(flash), flash.cache_read
-    commands_first = flash.arbitration == "pipelined"
-    left, pending = list(queues), sum(queues)
-    waiting = deque(die for die, queued in enumerate(left) if queued)
-    asked, sensed = [0.0] * len(left), [0.0] * len(left)
-    ready: list[tuple[float, int]] = []
-    bus = 0.0
-    push, pop, record = heapq.heappush, heapq.heappop, latencies.append
-    while pending:
-        if waiting and (commands_first or not (ready and ready[0][0] <= bus)):
-            die = waiting.popleft()
-            asked[die] = bus
-            bus += tcmd
-            at = bus + sense()
-            # With cache reads the die senses its next page as soon as this one has moved to the cache register.
-            sensed[die] = at + sense() if cached else 0.0
-            push(ready, (at, die))
-            continue
-        at, die = pop(ready)
-        bus = (at if at > bus else bus) + out
-        record(bus - asked[die])
-        pending -= 1
-        left[die] -= 1
-        if left[die] and cached:
-            asked[die] = bus
-            bus += tcmd
-            moved = max(sensed[die], bus)
-            sensed[die] = moved + sense()
-            push(ready, (moved, die))
-        elif left[die]:
-            waiting.append(die)
-    return bus
 
 
 def mixed(flash: Flash, reads: int, programs: int, seed: int = 0) -> PageRun:
@@ -160,7 +107,7 @@ def mixed(flash: Flash, reads: int, programs: int, seed: int = 0) -> PageRun:
         rng.shuffle(order)
         queues.append(deque(order))
     n = flash.dies_per_channel
-    sense = sense_times_us(flash, rng)
+    sense = sensing(flash).times_us(rng)
     ends = [
         _mixed_channel(flash, queues[c * n : (c + 1) * n], sense, latencies) for c in range(flash.channels)
     ]
@@ -221,7 +168,7 @@ class _ClosedLoop:
     ) -> None:
         self.flash, self.left, self.overhead_us, self.gap_us = flash, reads, overhead_us, gap_us
         self.rng = random.Random(seed)
-        self.sense = sense_times_us(flash, self.rng)
+        self.sense = sensing(flash).times_us(self.rng)
         self.pages, self.out_us = -(-size_bytes // flash.page_bytes), partial_us(flash, size_bytes)
         count = units(flash)
         self.per_channel = count // flash.channels

@@ -1,6 +1,13 @@
-"""The FPGA engine and its HBM: bytes per format from the spec, rates with the limit that binds, measured cycles."""
+"""The FPGA engine and its HBM: bytes per format from the spec, rates with the limit that binds, measured cycles.
+
+A decoder layer of the RTL engine takes the time of its weights at the memory's rate and what `measured.fit_layer`
+found beside that: cycles per attended score, per KV head appended, per hidden element and once. Published engines are
+the bare rate.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 from golden.spec.formats import KV_FORMATS, WEIGHT_FORMATS
 from sim import measured
@@ -9,12 +16,8 @@ from sim.describe.model import Model
 from sim.devices import hbm
 from sim.devices.limits import Bandwidth
 
-MATRIX_BLOCKS = ("engine_layer", "engine", "mv_core")
-"""Calibration tables that describe matrix-vector products, the most complete first."""
-LAYER_BLOCK = MATRIX_BLOCKS[0]
-"""Its rows are whole decoder layers in decode, so its fixed cycles are paid once per layer, not per product."""
-PRODUCTS_PER_LAYER = 4
-"""Matrix products of a layer that start separately: q-k-v, o, gate-up, down."""
+MATRIX_BLOCKS = ("mv_core",)
+"""Calibration tables that describe single matrix-vector products."""
 
 
 def weight_bits(fpga: Fpga) -> float:
@@ -70,15 +73,43 @@ def macs_per_s(fpga: Fpga) -> float:
     return fpga.macs_per_cycle * fpga.clock_mhz * 1e6 * fpga.mac_share
 
 
-def stream_s(fpga: Fpga, size_bytes: float, commands: int, layers: int = 0) -> float:
-    """Time to stream operands through the engine: measured cycles for the RTL engine, the bare rate otherwise.
+def stream_s(fpga: Fpga, size_bytes: float) -> float:
+    """Time of a layer's operands at the memory's rate."""
+    return size_bytes / memory_bandwidth(fpga).bytes_per_s
 
-    `commands` products or heads start in it, and `layers` decoder layers end with it: what is paid per product or per
-    layer depends on what was measured.
-    """
-    bound_s = size_bytes / memory_bandwidth(fpga).bytes_per_s
+
+def product_s(fpga: Fpga, size_bytes: float) -> float:
+    """Time of a product that stands alone, such as the LM head: by its measured cycles on the RTL engine."""
+    bound_s = stream_s(fpga, size_bytes)
     if fpga.engine == "published":
         return bound_s
     # The share of the bound is taken from the measured configuration (SIM-RTL-SCALE).
-    hz, found = fpga.clock_mhz * 1e6, measured.fit(MATRIX_BLOCKS)
-    return found.cycles(bound_s * hz, layers if found.block == LAYER_BLOCK else commands) / hz
+    hz = fpga.clock_mhz * 1e6
+    return measured.fit(MATRIX_BLOCKS).cycles(bound_s * hz, 1) / hz
+
+
+def attention_s(fpga: Fpga, model: Model, tokens: float) -> float:
+    """Least time of one layer's scores, softmax and mixing over `tokens` cached tokens of all sequences together."""
+    if fpga.engine == "published":
+        return 0.0
+    scores = tokens * model.heads
+    return measured.fit_layer(fpga.weight_format).per["scores"] * scores / (fpga.clock_mhz * 1e6)
+
+
+def beside_weights_s(fpga: Fpga, model: Model, batch: int) -> float:
+    """What else a layer takes that no stream hides: vector work and appends of `batch` tokens, and its start."""
+    if fpga.engine == "published":
+        return 0.0
+    per = measured.fit_layer(fpga.weight_format).per
+    each = per["kv_heads"] * model.kv_heads + per["hidden"] * model.hidden
+    return (batch * each + per["layer"]) / (fpga.clock_mhz * 1e6)
+
+
+def provenance(fpga: Fpga) -> list[dict[str, Any]]:
+    """Where the engine's cycles come from."""
+    if fpga.engine == "published":
+        return []
+    return [
+        measured.fit_layer(fpga.weight_format).provenance(),
+        measured.fit(MATRIX_BLOCKS).provenance(),
+    ]

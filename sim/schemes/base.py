@@ -1,7 +1,7 @@
 """What every scheme answers: what it needs, where bytes live, and the task graphs of prefill and of a decode step.
 
 Categories of time are the papers': "kv access", "weight access", "compute", "csd compute", "transfer", "framework";
-"recompute" is KV computed again after a preemption.
+"recompute" is KV computed again after a preemption, "vector work" what an FPGA engine does besides products.
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from sim import measured
 from sim.core.graph import SETUP, Graph
 from sim.describe.devices import Fpga
 from sim.devices import fpga as engine
@@ -64,11 +63,12 @@ class FpgaEngine(Scheme):
         size = engine.layer_bytes(fpga, m, w.batch)
         for layer in range(layers):
             graph.layer = layer
-            qkv = self._stream(graph, "q, k, v", "weight access", share * size, 1, share * macs, done)
+            qkv = self._stream(graph, "q, k, v", "weight access", share * size, share * macs, done)
             scored = self.attend(graph, context, qkv)
-            rest, products = (1 - share) * size, engine.PRODUCTS_PER_LAYER - 1
-            work = (1 - share) * macs
-            done = self._stream(graph, "o, ffn", "weight access", rest, products, work, scored, layers=1)
+            rest = (1 - share) * size, (1 - share) * macs
+            done = self._stream(graph, "o, ffn", "weight access", *rest, scored)
+            if beside := engine.beside_weights_s(fpga, m, w.batch):
+                done = [graph.work("norms, rotation, append", "vector work", "engine", beside, done)]
         graph.layer = SETUP
         self._head(graph, done)
 
@@ -78,7 +78,8 @@ class FpgaEngine(Scheme):
         tokens = engine.attended_tokens(fpga, context)
         size = w.batch * tokens * engine.kv_bytes_per_token_layer(fpga, m)
         pairs = 2 * w.batch * tokens * m.heads * m.head_size
-        return self._stream(graph, "cached k, v", "kv access", size, w.batch, pairs, after)
+        least = engine.attention_s(fpga, m, w.batch * tokens)
+        return self._stream(graph, "cached k, v", "kv access", size, pairs, after, least, "vector work")
 
     def _layer_macs(self, tokens: int) -> float:
         m = self.model
@@ -94,33 +95,27 @@ class FpgaEngine(Scheme):
         name: str,
         category: str,
         size: float,
-        commands: int,
         macs: float,
         after: list[int],
-        layers: int = 0,
+        least_s: float = 0.0,
+        least_kind: str = "weight access",
     ) -> list[int]:
-        """Operands from HBM and the engine's cycles on them, at the same time; the later one ends it."""
-        seconds = engine.stream_s(self.fpga, size, commands, layers)
-        compute = macs / engine.macs_per_s(self.fpga)
-        if compute > seconds:
-            seconds, category = compute, "compute"
+        """Operands from HBM and the engine's work on them, at the same time; the later one ends it."""
+        seconds = engine.stream_s(self.fpga, size)
+        for other, kind in ((macs / engine.macs_per_s(self.fpga), "compute"), (least_s, least_kind)):
+            if other > seconds:
+                seconds, category = other, kind
         graph.move(name, category, ("hbm",), size, after)
         return [graph.work(name, category, "engine", seconds, after)]
 
     def _head(self, graph: Graph, done: list[int]) -> None:
         m, fpga, batch = self.model, self.fpga, self.workload.batch
-        self._stream(
-            graph,
-            "lm head",
-            "weight access",
-            engine.head_bytes(fpga, m),
-            1,
-            m.head_weights * batch,
-            done[-1:],
-        )
+        size = engine.head_bytes(fpga, m)
+        least = engine.product_s(fpga, size)
+        self._stream(graph, "lm head", "weight access", size, m.head_weights * batch, done[-1:], least)
 
     def provenance(self) -> list[dict[str, Any]]:
-        return [measured.fit(engine.MATRIX_BLOCKS).provenance()] if self.fpga.engine == "rtl" else []
+        return engine.provenance(self.fpga)
 
     def numerics(self) -> str:
         fpga = self.fpga

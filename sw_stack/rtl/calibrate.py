@@ -1,8 +1,9 @@
-"""The cycle tables that the system model reads: every row is a run of Verilated RTL (`make calibrate`).
+"""The cycle tables that the system model reads (`make calibrate`): every row is a run of Verilated RTL, or comes from
+the recurrences that tests hold against such runs where the table says so.
 
-A table is {"spec_version", "block", "config", "clock_mhz", "rows"}; a row holds name, shape, cycles, bound_cycles (what
-the block's ports or the flash channels allow) and bytes. Cycles are deterministic, so that a test can run a row again
-and demand equality.
+A table is {"spec_version", "block", "config", "clock_mhz", "rows"} and "method" if it is not the RTL itself; a row
+holds name, shape, cycles, bound_cycles (what the block's ports or the flash channels allow) and bytes. Cycles are
+deterministic, so that a test can run a row again and demand equality.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ class Table:
     rows: Callable[[], Iterable[dict[str, Any]]]
     engines: tuple[str, ...] = ("tiny", "small")
     """Engine configurations whose RTL check measures this table again; the others would build it for that alone."""
+    method: str = ""
+    """How the cycles came about, where not by running the RTL."""
 
     @property
     def path(self) -> Path:
@@ -41,7 +44,8 @@ class Table:
             progress(f"{self.block}: {row['name']}")
             rows.append(row)
         header = {"spec_version": SPEC_VERSION, "block": self.block, "config": self.config}
-        return {**header, "clock_mhz": self.clock_mhz, "rows": rows}
+        method = {"method": self.method} if self.method else {}
+        return {**header, "clock_mhz": self.clock_mhz, **method, "rows": rows}
 
 
 MATRIX_SHAPES = (
@@ -162,7 +166,53 @@ def _sparf_rows() -> Iterable[dict[str, Any]]:
         }
 
 
+LAYER_SHAPES = {
+    "Llama-2-7B": (4096, 32, 32, 128, 11008), "Llama-3.1-8B": (4096, 32, 8, 128, 14336),
+    "Llama-2-13B": (5120, 40, 40, 128, 13824), "Qwen2.5-7B": (3584, 28, 4, 128, 18944),
+    "half of Llama-2-7B": (2048, 16, 16, 128, 5504), "SmolLM2-135M": (576, 9, 3, 64, 1536),
+}  # fmt: skip
+"""Hidden size, heads, KV heads, head size, FFN of the layers whose cycles are predicted."""
+LAYER_CONTEXTS = (128, 2048)
+HELD_TO_RTL = "recurrences that tests hold to the RTL, behind its HBM model"
+
+
+def _layer_rows() -> Iterable[dict[str, Any]]:
+    from golden.config import DecoderConfig
+    from golden.spec.engine import STEP, U280, WORD_BYTES
+    from golden.spec.formats import WEIGHT_FORMATS
+    from golden.spec.memory import MemoryModel
+    from sw_stack.compile.memory import MemoryTiming
+    from sw_stack.rtl.layer import predict
+
+    memory = MemoryModel()
+    port = U280.channels * WORD_BYTES
+    rate = port * MemoryTiming.of(memory).words_per_cycle
+    for name, (hidden, heads, kv_heads, head_size, ffn) in LAYER_SHAPES.items():
+        weights = 2 * hidden * head_size * (heads + kv_heads) + 3 * hidden * ffn
+        for fmt in WEIGHT_FORMATS.values():
+            size = weights * fmt.bits_per_weight / 8
+            macs = weights * (0.5 if fmt.sparse24 else 1.0) / (U280.lanes * STEP)
+            for context in LAYER_CONTEXTS:
+                model = DecoderConfig(
+                    name, 1, hidden, heads, kv_heads, head_size, ffn, 64, context, 10000.0, 1e-5
+                )
+                found = predict(U280, fmt.name, model, 2, memory)
+                yield {
+                    "name": f"{name}, {fmt.name}, {context} tokens",
+                    "shape": [hidden, heads, kv_heads, head_size, ffn, context],
+                    "weights": fmt.name,
+                    "cycles": found.layer_cycles,
+                    "bound_cycles": found.layer_words * port / rate,
+                    "bytes": found.layer_words * port,
+                    "weight_cycles": max(size / rate, macs),
+                    "scores": heads * context,
+                    "kv_heads": kv_heads,
+                    "hidden": hidden,
+                }
+
+
 TABLES: tuple[Table, ...] = (
+    Table("engine_layer", "u280", 225.0, _layer_rows, engines=(), method=HELD_TO_RTL),
     Table("mv_core", "small", 225.0, _matrix_rows, engines=("small",)),
     Table("attention_head", "one-kernel", 285.0, _head_rows),
     Table("storage_unit", "8-channels", 285.0, _unit_rows, engines=()),

@@ -16,6 +16,46 @@ def table(block, slope, fixed, clock_mhz=285.0):
     return {"spec_version": "1", "block": block, "config": "test", "clock_mhz": clock_mhz, "rows": rows}
 
 
+LAYER = {"scores": 0.1, "kv_heads": 100.0, "hidden": 1.0, "layer": 900.0}
+"""Cycles of the made-up layers beside those of their weights."""
+
+
+def layers():
+    """A table of decoder layers that follow LAYER exactly, of every weight format."""
+    shapes = [
+        (4096, 32, 32, 128),
+        (4096, 32, 8, 128),
+        (5120, 40, 40, 2048),
+        (2048, 16, 16, 128),
+        (576, 9, 3, 2048),
+    ]
+    rows = []
+    for weights, bits in (("w8", 8.5), ("w4", 5.0), ("w2", 2.5), ("w2s24", 1.875)):
+        for hidden, heads, kv_heads, context in shapes:
+            terms = {"scores": heads * context, "kv_heads": kv_heads, "hidden": hidden}
+            stream = 12 * hidden**2 * bits / 8 / 1908
+            cycles = stream + LAYER["layer"] + sum(LAYER[name] * value for name, value in terms.items())
+            fixed = {"name": f"{hidden}", "weights": weights, "shape": [hidden, heads, kv_heads, context]}
+            rows.append(
+                {
+                    **fixed,
+                    "cycles": cycles,
+                    "bound_cycles": stream,
+                    "weight_cycles": stream,
+                    "bytes": 1,
+                    **terms,
+                }
+            )
+    header = {"spec_version": "1", "block": "engine_layer", "config": "test", "clock_mhz": 225.0}
+    return {**header, "method": "made up", "rows": rows}
+
+
+@pytest.fixture
+def layer_table():
+    """`layers`, for tests that write tables of their own."""
+    return layers
+
+
 @pytest.fixture
 def cycle_table():
     """`table`, for tests that write tables of their own."""
@@ -24,7 +64,8 @@ def cycle_table():
 
 @pytest.fixture
 def calibration(tmp_path, monkeypatch):
-    """A calibration directory with both blocks; returns its path."""
+    """A calibration directory with the least that schemes need; returns its path."""
+    (tmp_path / "layer.json").write_text(json.dumps(layers()))
     (tmp_path / "attention.json").write_text(json.dumps(table("attention_head", 1.02, 200.0)))
     (tmp_path / "matrix.json").write_text(json.dumps(table("mv_core", 1.01, 60.0, 225.0)))
     monkeypatch.setattr(measured, "CALIBRATION", tmp_path)

@@ -49,7 +49,8 @@ def test_runs_are_consistent_and_refusals_are_sentences(calibration, block):
 CHANGES = {
     "csd_count": [1, 2, 4], "ssd_count": [1, 4], "gpu_count": [1, 2], "drive_uplink": ["pcie3-x4", "pcie4-x16"],
     "csd.cache_read": [False, True], "csd.dies_per_channel": [2, 4, 8, 16, 32], "csd.channels": [1, 4, 8, 16],
-    "csd.retry_rate": [0.0, 0.003], "csd.program_us": [65.0, 700.0], "csd.planes_per_die": [1, 2, 4],
+    "csd.retry_rate": [0.0, 0.003, 0.05], "csd.arbitration": ["pipelined", "transfer-first"],
+    "csd.read_spread_us": [0.0, 6.0], "csd.program_us": [65.0, 700.0], "csd.planes_per_die": [1, 2, 4],
     "csd.buffer_gb": [64.0], "framework.disk_copy_threads": [1, 4, 16], "framework.gpu_batches": [1, 2],
     "framework.kv_gpu_percent": [0.0, 50.0], "framework.weights_gpu_percent": [0.0, 100.0],
     "framework.cpu_attention": [False, True], "framework.layer_overhead_us": [20.0, 630.0],

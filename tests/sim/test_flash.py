@@ -17,9 +17,11 @@ from sim.devices.flash import (
     program_load,
     read_limits,
     scattered_limits,
+    sense_us,
+    sensing,
     transfer_us,
 )
-from sim.devices.flash_pages import closed_loop, mixed, scattered, sense_times_us, stream
+from sim.devices.flash_pages import closed_loop, mixed, scattered, stream
 
 DRIVE = load(Csd, "instcsd")
 PAGES = 40_000
@@ -110,7 +112,15 @@ def test_the_page_engine_agrees_with_one_simpy_process_per_die(changes):
     assert stream(flash, pages).seconds == pytest.approx(simpy_stream(flash, pages), rel=0.002)
 
 
-@pytest.mark.parametrize("changes", [{}, {"arbitration": "transfer-first"}, {"cache_read": True}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"arbitration": "transfer-first"},
+        {"arbitration": "transfer-first", "retry_rate": 0.05},
+        {"cache_read": True},
+    ],
+)
 @pytest.mark.parametrize("pages", [3_000, 30_000, 200_000])
 def test_a_scattered_selection_ends_with_its_fullest_die(changes, pages):
     flash = drive(**changes)
@@ -135,6 +145,20 @@ def test_expected_excess_matches_the_balls_themselves():
     assert expected_excess(1, 100) == 0
 
 
+@pytest.mark.parametrize("varies", [{"retry_rate": 0.003}, {"retry_rate": 0.05}, {"read_spread_us": 6.0}])
+@pytest.mark.parametrize("dies", [2, 4, 8, 32])
+def test_dies_out_of_step_wait_less_for_each_other(dies, varies):
+    """Transfer-first with equal reads is lock-step; whatever makes reads unequal takes part of the waiting away."""
+    flash = drive(arbitration="transfer-first", dies_per_channel=dies, channels=1, **varies)
+    pages = 600 * dies * flash.planes_per_die
+    run = stream(flash, pages, seed=3).gb_per_s(flash.page_bytes)
+    assert read_limits(flash).gb_per_s == pytest.approx(run, rel=0.035)
+    sense = flash.command_us + sense_us(flash)
+    lock_step = dies * 2 * flash.page_bytes / 1e3 / (sense + dies * 2 * transfer_us(flash))
+    free = read_limits(flash.replaced(arbitration="pipelined")).gb_per_s
+    assert 0.999 * lock_step < read_limits(flash).gb_per_s < free
+
+
 def test_queue_depth_one_is_one_latency_per_page():
     flash = drive(multi_plane=False)
     run = closed_loop(flash, 500, 1, overhead_us=12.0)
@@ -157,7 +181,7 @@ def test_latency_spreads_with_queue_depth_and_every_read_completes():
 
 def test_page_types_make_two_latencies_and_retries_a_tail():
     flash = load(Ssd, "970-pro-1tb").replaced(retry_rate=0.02)
-    draw = sense_times_us(flash, random.Random(1))
+    draw = sensing(flash).times_us(random.Random(1))
     seen = [draw() for _ in range(20_000)]
     base = {round(flash.read_us - 6, 3), round(flash.read_us + 6, 3)}
     assert base <= {round(s, 3) for s in seen}

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from sim import measured
-from sim.measured import CalibrationError, fit
+from sim.measured import CalibrationError, fit, fit_layer
 
 
 def test_the_fit_recovers_slope_and_fixed_cycles(calibration):
@@ -66,22 +66,59 @@ def test_a_truncated_table_is_refused(calibration, cycle_table):
         fit(("bad",))
 
 
-def test_measured_layers_take_the_place_of_products_and_are_named(calibration, cycle_table):
+def test_a_layer_of_the_engine_costs_what_was_measured_beside_its_weights(calibration):
     from sim.api import simulate
     from sim.describe.workload import Workload
 
-    work = Workload(batch=1, input_tokens=64, output_tokens=4)
-    products = simulate("u280", "llama-2-7b", "fpga", work)
-    (calibration / "layer.json").write_text(json.dumps(cycle_table("engine_layer", 1.01, 20_000.0, 225.0)))
-    measured._fit.cache_clear()
-    layers = simulate("u280", "llama-2-7b", "fpga", work)
-    # 32 layers of 20,000 cycles, in place of 60 for each of four products and one head, and for the LM head.
-    slower = 32 * (20_000 - 5 * 60) - 60
-    assert (layers.time_per_output_token_s - products.time_per_output_token_s) * 225e6 == pytest.approx(
-        slower
-    )
-    named = [a["device"] for a in layers.assumptions if a["device"].startswith("rtl/")]
-    assert named == ["rtl/engine_layer/test"]
+    found = fit_layer("w2s24")
+    assert found.per == pytest.approx({"scores": 0.1, "kv_heads": 100.0, "hidden": 1.0, "layer": 900.0})
+    assert found.worst_residual < 1e-9
+    small = simulate("u280", "llama-2-7b", "fpga", Workload(batch=1, input_tokens=64, output_tokens=4))
+    ideal = simulate(
+        "u280", "llama-2-7b", "fpga", Workload(batch=1, input_tokens=64, output_tokens=4),
+        overrides={"fpga.engine": "published"},
+    )  # fmt: skip
+    # 64 to 67 cached tokens, whose scores take longer than their bytes; the head at 1.01 of its bytes and 60 cycles.
+    beside = 900 + 32 * 100 + 4096 + 0.1 * 32 * 65.5
+    more = (small.time_per_output_token_s - ideal.time_per_output_token_s) * 225e6 / 32
+    assert 0 <= beside - more < 0.05 * beside
+    named = [a["device"] for a in small.assumptions if a["device"].startswith("rtl/")]
+    assert named == ["rtl/engine_layer/test, w2s24", "rtl/mv_core/test"]
+    assert small.breakdown["vector work"] > 0.1
+    assert "vector work" not in ideal.breakdown
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t["rows"].clear(), "no decoder layer of w4 weights .*run `make calibrate`"),
+        (lambda t: t["rows"][5].pop("scores"), "row 4096 lacks scores: run `make calibrate`"),
+        (lambda t: t["rows"].__delitem__(slice(6, 20)), "needs more than 4 layers, got 1: run"),
+    ],
+)
+def test_layer_tables_that_cannot_be_used_are_refused(calibration, layer_table, change, message):
+    table = layer_table()
+    change(table)
+    (calibration / "layer.json").write_text(json.dumps(table))
+    with pytest.raises(CalibrationError, match=message):
+        fit_layer("w4")
+
+
+def test_no_term_of_a_layer_is_below_zero(calibration, layer_table):
+    table = layer_table()
+    for row in table["rows"]:
+        row["cycles"] -= 950
+    (calibration / "layer.json").write_text(json.dumps(table))
+    found = fit_layer("w8")
+    assert found.per["layer"] == 0
+    assert all(v >= 0 for v in found.per.values())
+
+
+def test_the_committed_layers_are_described_within_four_percent():
+    for weights in ("w8", "w4", "w2", "w2s24"):
+        found = fit_layer(weights)
+        assert found.worst_residual < 0.04, weights
+        assert "held" in found.method or "hold" in found.method
 
 
 def test_measured_sparf_batches_serve_sparf_and_not_dense(calibration, cycle_table):

@@ -201,7 +201,8 @@ def _least_squares(table: dict[str, Any], x: str) -> CycleFit:
     least = 1.0 if x == "bound_cycles" else 0.0
     several = len({c for _, c, _ in points}) > 1 and len(points) > 3
     forms = [
-        _solved(points, t, least) for t in (("sfb", "sb", "sf", "s", "f") if several else ("sf", "s", "f"))
+        _solved(points, t, least)
+        for t in (("sfb", "sb", "sf", "fb", "b", "s", "f") if several else ("sf", "s", "f"))
     ]
     legal = [form for form in forms if form[0] >= least and form[1] >= 0 and form[2] >= 0]
     slope, fixed, start = min(legal, key=lambda form: sum(_miss(form, p) ** 2 for p in points))

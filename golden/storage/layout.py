@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +27,9 @@ from golden.spec.storage import (
     tokens_per_channel_page,
     tokens_per_page,
 )
+
+Index = Any
+"""An integer, or an integer array."""
 
 
 @dataclass(frozen=True)
@@ -179,34 +183,56 @@ class Geometry:
     pages: int = 256
 
     @property
+    def arrays(self) -> int:
+        """Arrays of a channel."""
+        return self.dies * self.planes
+
+    @property
     def capacity_pages(self) -> int:
         """Pages of the device."""
         return self.channels * self.dies * self.planes * self.blocks * self.pages
 
 
-def stripe(number: int, geometry: Geometry) -> dict[str, int]:
-    """Physical page (fields of `golden.spec.storage.PPN`) of the `number`-th page written.
+def place(
+    kind: PageKind, head: Index, index: Index, *, groups: int, channels: int, arrays: int
+) -> tuple[Index, Index]:
+    """Channel and array of a channel (a die, or a plane that senses alone) of page `index` of a KV head's `kind`.
 
-    A run of pages keeps every channel and array busy: each row of `channels` pages visits all channels, each sweep of
-    dies * planes rows all arrays of a channel. Rows and sweeps start at shifted places, so that pages a power of two
-    apart (one channel group over many token blocks, K and V of one group) do not share a channel or an array.
-    Blocks fill page by page, as append-only flash demands. Raises KVStrataError past the device's end.
+    `head` numbers the heads in the order in which jobs come; `groups` is dh / m. Integers, or arrays that broadcast.
+
+    Pages that are read together form rows: one page on every channel, all on the same array, so that a selection
+    loads the channels alike and what one waits for, all wait for. A row holds half as many token groups as there are
+    channels, K on one half of them and V on the other, or two channel groups over half as many blocks of tokens.
+    Rows visit the arrays in turn; every sweep, every head and the channel-indexed copy start at a shifted array.
     """
-    if not 0 <= number < geometry.capacity_pages:
-        raise KVStrataError(f"the device holds {geometry.capacity_pages} pages; there is no page {number}")
-    row, column = divmod(number, geometry.channels)
-    arrays = geometry.dies * geometry.planes
-    sweep, place = divmod(row, arrays)
-    array = (place + sweep * (arrays // 3 | 1)) % arrays
-    die, plane = divmod(array, geometry.planes)
-    block, page = divmod(sweep, geometry.pages)
-    channel = (column + _digit_sum(row, geometry.channels)) % geometry.channels
-    return {"page": page, "block": block, "plane": plane, "die": die, "channel": channel}
+    half = max(1, channels // 2)
+    if kind is PageKind.K_CHANNEL:
+        block, group = np.divmod(index, groups)
+        band, part = np.divmod(block, half)
+        pair = band * (-(-groups // 2)) + group // 2
+        number, skew = pair * 2 * half + group % 2 + 2 * part, 2 * (group // 2) + band
+    else:
+        unit, column = np.divmod(index, half)
+        number, skew = (2 * unit + (unit + (kind is PageKind.V_TOKEN)) % 2) * half + column, half * (head % 2)
+    row = number // channels
+    start = head * (3 * arrays // 8) + (arrays // 2 if kind is PageKind.K_CHANNEL else 0)
+    return (number + skew) % channels, (row + row // arrays * (arrays // 3 | 1) + start) % arrays
 
 
-def _digit_sum(number: int, base: int) -> int:
-    total = 0
-    while number and base > 1:
-        number, digit = divmod(number, base)
-        total += digit
-    return total
+class AppendOrder:
+    """The next free page of every array of an append-only device, block after block."""
+
+    def __init__(self, geometry: Geometry):
+        self._geometry = geometry
+        self._written: dict[tuple[int, int], int] = {}
+
+    def take(self, channel: int, array: int) -> dict[str, int]:
+        """Fields of `golden.spec.storage.PPN`. Raises KVStrataError when the array is full."""
+        g = self._geometry
+        number = self._written.get((channel, array), 0)
+        if number == g.blocks * g.pages:
+            raise KVStrataError(f"an array holds {number} pages; array {array} of channel {channel} is full")
+        self._written[channel, array] = number + 1
+        block, page = divmod(number, g.pages)
+        die, plane = divmod(array, g.planes)
+        return {"page": page, "block": block, "plane": plane, "die": die, "channel": channel}

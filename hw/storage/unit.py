@@ -33,6 +33,7 @@ from hw.lib.streams import StreamFIFO, check_count, connect
 from hw.storage.approximate import AlphaUnit
 from hw.storage.feeder import MEAN_ROW, Feeder
 from hw.storage.kernel import AttentionKernel, Op
+from hw.storage.nfc.filter import RING_PAGES
 from hw.storage.nfc.front import FlashFront
 from hw.storage.nfc.layouts import CHANNEL, layout_of
 from hw.storage.normalise import STATE
@@ -73,7 +74,7 @@ class AttentionUnit(wiring.Component):
         *,
         max_tokens: int = 32768,
         outstanding: int = 64,
-        ring_pages: int = 4,
+        ring_pages: int = RING_PAGES,
     ):
         self._channels = check_count("Flash channels", channels, 1)
         self._lanes = lanes

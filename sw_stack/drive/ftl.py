@@ -20,6 +20,7 @@ import numpy as np
 
 from golden.spec.nvme import AddressMap, LogicalAddress
 from golden.spec.storage import PageKind
+from golden.storage.layout import place
 from sw_stack.drive import shape as pages
 from sw_stack.drive.allocate import Allocator
 from sw_stack.drive.errors import (
@@ -243,7 +244,7 @@ class Ftl:
         task, batch, layer = key
         heads = np.arange(sequence.shape.kv_heads)[:, None]
         n = sum(heads.size * len(groups) for _, groups, _ in parts)
-        slots = np.concatenate([self.stripe(sequence.shape, v, heads, g).ravel() for v, g, _ in parts])
+        slots = np.concatenate([self.stripe(sequence.shape, v, batch, heads, g).ravel() for v, g, _ in parts])
         base = [self.address(view, task, batch, layer, 0, 0) for view, _, _ in parts]
         assert self.address_map is not None
         shift = self.address_map.group_bits
@@ -270,20 +271,20 @@ class Ftl:
         table[:, groups] = ppns
         self.allocator.release(old[old >= 0], sequence.last_use)
 
-    def stripe(self, shape: TaskShape, view: PageKind, head: np.ndarray, group: np.ndarray) -> np.ndarray:
-        """Stripe slot (die index) of pages, broadcast over head and group.
-
-        Consecutive token groups of a head lie on consecutive channels, K and V half the channels apart; one
-        channel group's pages of consecutive segments too, so that a sparse selection still uses every channel.
-        """
+    def stripe(
+        self, shape: TaskShape, view: PageKind, batch: int, head: np.ndarray, group: np.ndarray
+    ) -> np.ndarray:
+        """Stripe slot (die index) of pages, broadcast over head and group: the golden layout's rule."""
         g = self.flash.geometry
-        if view is PageKind.K_CHANNEL:
-            segment, part = np.divmod(group, shape.channel_groups)
-            lane, row = segment + part + head, segment // g.channels + part // g.channels + head // g.channels
-        else:
-            lane = group + head + (g.channels // 2 if view is PageKind.V_TOKEN else 0)
-            row = group // g.channels + head // g.channels
-        return lane % g.channels + g.channels * (row % g.dies_per_channel)
+        channel, die = place(
+            view,
+            batch * shape.kv_heads + head,
+            group,
+            groups=shape.channel_groups,
+            channels=g.channels,
+            arrays=g.dies_per_channel,
+        )
+        return channel + g.channels * die
 
     # --- group buffers
     @property
@@ -416,7 +417,7 @@ class Ftl:
         else:
             image = pages.k_channel_pages(shape, pages.k_from_token_pages(shape, images))
         page = image[group - first]
-        slot = self.stripe(shape, view, np.array([head]), np.array([group]))
+        slot = self.stripe(shape, view, key[1], np.array([head]), np.array([group]))
         address = np.array([self.address(view, *key, head, group)], np.uint32)
         full = np.array([shape.tokens_per_page], np.uint16)
         new = self.allocator.write(key[0], slot, address, full, page[None])

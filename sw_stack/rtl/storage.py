@@ -33,7 +33,7 @@ from golden.spec.storage import (
     tokens_per_page,
 )
 from golden.storage.fp import F16
-from golden.storage.layout import Geometry, pack, stripe
+from golden.storage.layout import AppendOrder, Geometry, pack, place
 
 _KEY_BITS = {"kind": 2, "kv_head": 8, "sequence": 12, "index": 17}
 
@@ -64,6 +64,8 @@ class Cache:
         self.dram: dict[int, bytes] = {}
         self.maps: dict[int, tuple[int, int]] = {}
         self.failing: list[int] = []
+        self._append = AppendOrder(self.geometry)
+        self._heads = 0
 
     def add(self, sequence: int, kv_head: int, k: F16, v: F16) -> None:
         """Write one KV head, page after page."""
@@ -76,16 +78,21 @@ class Cache:
                 full = tokens // tokens_per_page(self.head_size)
             for index, page in enumerate(pages):
                 key = request_key(kind=kind, kv_head=kv_head, sequence=sequence, index=index)
-                self._write(key, page.astype("<u2").tobytes(), dram=self.tail_in_dram and index >= full)
+                content = page.astype("<u2").tobytes()
+                if self.tail_in_dram and index >= full:
+                    self.maps[key] = (len(self.dram), 1)
+                    self.dram[len(self.dram)] = content
+                else:
+                    number = self._program(kind, index)
+                    self.maps[key] = (number, 0)
+                    self.flash[number] = content
+        self._heads += 1
 
-    def _write(self, key: int, page: bytes, *, dram: bool) -> None:
-        if dram:
-            number = len(self.dram)
-            self.dram[number] = page
-        else:
-            number = PPN.pack(stripe(len(self.flash), self.geometry))
-            self.flash[number] = page
-        self.maps[key] = (number, int(dram))
+    def _program(self, kind: PageKind, index: int) -> int:
+        """The physical page that a page of the newest head goes to."""
+        g, groups = self.geometry, self.head_size // self.m
+        where = place(kind, self._heads, index, groups=groups, channels=g.channels, arrays=g.arrays)
+        return PPN.pack(self._append.take(*map(int, where)))
 
     def page_of(self, **fields: int) -> int:
         """Where a page lies: kind, kv_head, sequence, index."""

@@ -8,8 +8,8 @@ import cocotb
 from cocotb.clock import Clock
 from cocotb.triggers import RisingEdge
 
-from golden.spec.storage import PAGE_BEAT, PPN
-from golden.storage.layout import Geometry, stripe
+from golden.spec.storage import PAGE_BEAT, PPN, PageKind
+from golden.storage.layout import AppendOrder, Geometry, place
 from hw.storage.flash_model import FlashChannel, FlashParams, page_fault
 from hw.storage.nfc.timing import stream_bound_cycles
 from tests.hw.nfc.conftest import random_pages
@@ -25,9 +25,15 @@ class Traffic:
     def __init__(self, seed, count, params=PARAMS, mask=None):
         rng = random.Random(seed)
         geometry = Geometry(CHANNELS, params.dies, params.planes, 64, 256)
+        order = AppendOrder(geometry)
         self.params, self.contents, self.reads, self.expected = params, {}, [], [[] for _ in range(KERNELS)]
         for n, raw in enumerate(random_pages(seed, count)):
-            ppn = PPN.pack(stripe(n if mask else rng.randrange(geometry.capacity_pages), geometry))
+            if mask:
+                kind, index = PageKind(n % 2), n // 2
+                where = place(kind, 0, index, groups=32, channels=CHANNELS, arrays=geometry.arrays)
+            else:
+                where = rng.randrange(CHANNELS), rng.randrange(geometry.arrays)
+            ppn = PPN.pack(order.take(*map(int, where)))
             kernel = rng.randrange(KERNELS)
             fail = page_fault(params, ppn)[1]
             raw = replace(raw, mask=mask or raw.mask, fail=fail, tag=kernel << 7 | n & 127)

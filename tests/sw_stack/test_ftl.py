@@ -18,6 +18,7 @@ from hypothesis.stateful import (
 )
 
 from golden.spec.storage import PageKind
+from golden.storage.layout import place
 from sw_stack.drive import shape as pages
 from sw_stack.drive.errors import (
     AddressOutOfRange,
@@ -242,16 +243,22 @@ def test_random_commands_against_the_model_for_long() -> None:
 
 
 # --- each guarantee by itself --------------------------------------------------------------------------
-def test_striping_uses_every_channel_for_tokens_and_for_a_channel_group() -> None:
-    shape = TaskShape(1, 40, 40, 128, 8, 4096)
-    ftl = Ftl(FlashArray(Geometry(8, 4, 4, 16), store_data=False))
-    for view in (PageKind.K_TOKEN, PageKind.V_TOKEN):
-        for first in (0, 3, 17):
-            slots = ftl.stripe(shape, view, np.array([5]), np.arange(first, first + 32))
-            assert len(set(slots.tolist())) == 32
-    one_channel_group = np.arange(8) * shape.channel_groups + 3
-    slots = ftl.stripe(shape, PageKind.K_CHANNEL, np.array([5]), one_channel_group)
-    assert set((slots % 8).tolist()) == set(range(8))
+def test_pages_lie_where_the_golden_layout_says() -> None:
+    shape = TaskShape(1, 4, 4, 128, 8, 1024)
+    ftl = Ftl(FlashArray(Geometry(8, 4, 8, 64), store_data=False))
+    ftl.configure(0, shape, shape.address_map(2))
+    for batch in range(2):
+        ftl.append(0, batch, 0, 1024, None)
+    geometry, heads, groups = ftl.flash.geometry, np.arange(4)[:, None], np.arange(shape.groups)
+    for batch in range(2):
+        for view in PageKind:
+            ppns = ftl.resolve(0, batch, 0, view, heads.ravel(), groups)
+            die = ppns // (geometry.pages_per_block * geometry.blocks_per_die)
+            channel, array = place(
+                view, 4 * batch + heads, groups, groups=shape.channel_groups, channels=8, arrays=4
+            )
+            assert (die % 8 == channel).all()
+            assert (die // 8 == array).all()
 
 
 def test_a_full_drive_refuses_whole_appends_and_serves_the_rest() -> None:

@@ -9,6 +9,9 @@ from hw.storage.nfc.gate import BEAT_BITS, GATED, LANES, EntryGate
 from hw.storage.nfc.layouts import CHANNEL, DESCRIPTOR, PAGE
 from hw.storage.nfc.ring import PageRing
 
+RING_PAGES = 8
+"""Pages that a filter holds by default: how far a channel runs ahead of the slowest one (FLS-11)."""
+
 META = data.StructLayout({name: GATED[name].shape for name in ("kind", "mask", "tag")})
 
 
@@ -25,7 +28,7 @@ class PageFilter(wiring.Component):
 
     latency = EntryGate.latency + PageRing.latency - 1
 
-    def __init__(self, *, ring_pages: int = 4, slots: int = 32):
+    def __init__(self, *, ring_pages: int = RING_PAGES, slots: int = 32):
         self._ring_pages, self._slots = ring_pages, slots
         super().__init__(
             {

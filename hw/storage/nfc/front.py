@@ -6,7 +6,7 @@ from amaranth.lib.wiring import In, Out, connect, flipped
 
 from golden.spec.storage import FILTER_DESCRIPTOR, PPN, TAG_BITS
 from hw.lib.streams import PipeStage, StreamFIFO, check_count
-from hw.storage.nfc.filter import PageFilter
+from hw.storage.nfc.filter import RING_PAGES, PageFilter
 from hw.storage.nfc.gate import legal_marks
 from hw.storage.nfc.layouts import CHANNEL, DESCRIPTOR, PAGE, layout_of
 from hw.storage.nfc.order import PageOrder
@@ -32,7 +32,9 @@ class FlashFront(wiring.Component):
     A channel number that does not exist is the caller's fault: bound it before (`Status.OUTSIDE_DEVICE`).
     """
 
-    def __init__(self, channels: int = 8, kernels: int = 2, *, outstanding: int = 64, ring_pages: int = 4):
+    def __init__(
+        self, channels: int = 8, kernels: int = 2, *, outstanding: int = 64, ring_pages: int = RING_PAGES
+    ):
         self._channels = check_count("Channels of the flash side", channels, 2)
         self._kernels = check_count("Kernels of the flash side", kernels, 1)
         self._outstanding, self._ring_pages = outstanding, ring_pages

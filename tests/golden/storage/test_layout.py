@@ -1,5 +1,7 @@
 """Page formats: inverse, every entry once, selections, what the filter passes, bytes touched."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 from golden.spec import KVStrataError
 from golden.spec.storage import PAGE_BYTES, PPN, PageKind, tokens_per_channel_page, tokens_per_page
 from golden.storage.layout import (
+    AppendOrder,
     Geometry,
     PageMark,
     channel_marks,
@@ -15,7 +18,7 @@ from golden.storage.layout import (
     filtered_beats,
     marked,
     pack,
-    stripe,
+    place,
     token_marks,
     traffic,
     unpack,
@@ -133,13 +136,47 @@ def test_a_random_eighth_of_the_tokens_touches_88_percent_of_the_pages():
     assert abs(share - (1 - (7 / 8) ** 16)) < 0.02
 
 
-@given(st.integers(1, 8), st.integers(1, 4), st.integers(1, 4), st.integers(1, 5), st.integers(1, 5))
+def slots(kind, index, head=0, *, groups=64, channels=8, arrays=32):
+    """(channel, array) of each page."""
+    where = place(kind, head, np.asarray(index), groups=groups, channels=channels, arrays=arrays)
+    return list(zip(*(part.tolist() for part in where)))
+
+
+@given(st.integers(1, 9), st.integers(1, 40), st.integers(0, 50))
 @settings(max_examples=40, deadline=None)
-def test_striping_visits_every_physical_page_once(channels, dies, planes, blocks, pages):
-    geometry = Geometry(channels, dies, planes, blocks, pages)
-    places = [stripe(n, geometry) for n in range(geometry.capacity_pages)]
-    assert len({PPN.pack(place) for place in places}) == geometry.capacity_pages
-    assert [place["channel"] for place in places[:channels]] == list(range(channels))
+def test_placing_fills_all_arrays_alike(channels, arrays, head):
+    """K and V of a head put the same number of pages on every array, whatever the device."""
+    half = max(1, channels // 2)
+    count = half * channels * arrays  # rows of 2 * half pages
+    tokens = [
+        slot
+        for kind in (PageKind.K_TOKEN, PageKind.V_TOKEN)
+        for slot in slots(kind, np.arange(count), head, channels=channels, arrays=arrays)
+    ]
+    assert Counter(tokens).keys() == {(c, a) for c in range(channels) for a in range(arrays)}
+    assert set(Counter(tokens).values()) == {2 * half}
+
+
+@given(st.integers(0, 63), st.integers(0, 100), st.sampled_from([16, 32, 64]))
+@settings(max_examples=40, deadline=None)
+def test_what_is_read_together_lies_on_all_channels_and_one_array(run, head, groups):
+    run_pages = np.arange(4 * run, 4 * run + 4)
+    row = slots(PageKind.K_TOKEN, run_pages, head) + slots(PageKind.V_TOKEN, run_pages, head)
+    assert {channel for channel, _ in row} == set(range(8))
+    assert len({array for _, array in row}) == 1
+    one_group = slots(PageKind.K_CHANNEL, np.arange(8) * groups + run % groups, head, groups=groups)
+    assert {channel for channel, _ in one_group} == set(range(8))
+    assert len({array for _, array in one_group[:4]}) == 1
+
+
+def test_an_array_fills_block_by_block_and_then_refuses():
+    order = AppendOrder(Geometry(2, 2, 2, blocks=2, pages=2))
+    taken = [order.take(1, 3) for _ in range(4)]
+    assert [(t["block"], t["page"]) for t in taken] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert {(t["channel"], t["die"], t["plane"]) for t in taken} == {(1, 1, 1)}
+    assert len({PPN.pack(t) for t in taken}) == 4
+    with pytest.raises(KVStrataError, match="array 3 of channel 1 is full"):
+        order.take(1, 3)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +199,6 @@ def test_striping_visits_every_physical_page_once(channels, dies, planes, blocks
         (lambda: token_marks(PageKind.K_TOKEN, [16], 16, 128), r"selected tokens lie in 0\.\.15, not 16"),
         (lambda: channel_marks([-1], 16, 128, 4), r"selected channels lie in 0\.\.127, not -1"),
         (lambda: channel_marks([1], 16, 128, 0), "channels per page must be one of .*, not 0"),
-        (lambda: stripe(10**9, Geometry()), "there is no page 1000000000"),
     ],
 )
 def test_bad_input_is_named(call, message):

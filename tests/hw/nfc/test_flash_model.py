@@ -11,7 +11,7 @@ import pytest
 
 from golden.spec import KVStrataError
 from golden.spec.storage import PAGE_BYTES, PPN
-from golden.storage.layout import Geometry, stripe
+from golden.storage.layout import Geometry
 from hw.storage.flash_model import ERASED, FlashChannel, FlashParams, page_fault, write_image
 from hw.storage.nfc.timing import channel_cycles, in_order_cycles
 
@@ -29,11 +29,6 @@ def play(params, pages, commands, cycles, ready_mask=(1 << 64) - 1, failing=froz
             trace.append((now, *beat))
         channel.tick(rest.pop(0) if rest and channel.command_ready else None, ready)
     return trace
-
-
-def addresses(count, geometry):
-    places = (stripe(n * geometry.channels, geometry) for n in range(count))
-    return [PPN.pack(place) for place in places]
 
 
 def in_turn(count, geometry):

@@ -365,7 +365,7 @@ FIELDS: dict[Op, tuple[tuple[str, int], ...]] = {
         ("vec_rows", 9),  # values: rows (head elements) per KV head
     ),
     Op.NORM: (*_VECTOR, ("exponent", 6), ("epsilon", 48)),
-    Op.QUANT: (*_VECTOR, ("factor", 16), ("exponent", 6)),
+    Op.QUANT: (*_VECTOR, ("factor", 16), ("exponent", 6), ("rectify", 1)),
     Op.ROPE: _VECTOR,
     Op.GATE: _VECTOR,
     Op.SOFTMAX: (

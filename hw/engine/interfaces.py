@@ -112,6 +112,7 @@ class VectorOp(data.Struct):
     export: 1
     state: VB_ADDR
     bits: 4
+    rectify: 1
 
 
 def kv_record(config: EngineConfig):

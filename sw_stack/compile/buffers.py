@@ -87,7 +87,8 @@ class Buffers:
         kv_rows = model.kv_heads * model.head_size
         slot_words, ring = memory_map.row_words(memory_map.slots), memory_map.ring
         self.x = vb.block("the residual stream", hidden, tokens, bank=0)
-        self.gate = vb.block("gate", memory_map.row_words(model.ffn), tokens, bank=2)
+        if model.gated:
+            self.gate = vb.block("gate", memory_map.row_words(model.ffn), tokens, bank=2)
         self.scores = vb.block("attention scores", memory_map.score_words, self.queries, bank=3, buffers=2)
         self.up = vb.block("up", memory_map.row_words(model.ffn), tokens, bank=1)
         self.value_scales = vb.block("V scales", slot_words, model.kv_heads, bank=0)
@@ -96,9 +97,13 @@ class Buffers:
         self.v = vb.block("v", memory_map.row_words(kv_rows), tokens, bank=3)
         self.mixed = vb.block("the attention output", memory_map.row_words(q_rows), tokens, bank=0)
         self.normed = vb.block("the normalised input", hidden, tokens, bank=1)
-        self.gated = vb.block("the gated product", model.ffn // lanes, tokens, bank=0)
+        if model.gated:
+            self.gated = vb.block("the gated product", model.ffn // lanes, tokens, bank=0)
+        if model.biases:
+            self.bias = vb.block("a bias of the residual stream", hidden, 1, bank=3)
         self.norm = vb.block("norm weights", hidden, 2, bank=1)
-        self.rope = vb.block("RoPE rows", head, tokens, bank=3)
+        if model.rotates:
+            self.rope = vb.block("RoPE rows", head, tokens, bank=3)
         self.zeros = vb.block("zeros", model.group * head, 1, bank=3)
         value_words = head if per_block > 1 else layout.value_blocks * engine.lanes // lanes
         self.values = vb.block("value products", value_words, self.queries * per_block, bank=2, buffers=2)

@@ -1,11 +1,12 @@
-"""A Llama decoder as instruction streams: a pass of T tokens through all layers, and the head.
+"""A decoder (Llama or OPT) as instruction streams: a pass of T tokens through all layers, and the head.
 
 One stream serves every sequence length: what grows with the context (slots, tiles, row blocks, addresses of the
 new token) comes from scalar registers (`program.R`). Activations stay on chip from the embedding row to the
 hidden state; off chip go weights, KV, norm weights, RoPE rows and V scales alone.
 
-Fusion: q, k, v are one product, gate and up another; o and down accumulate onto the residual in the drain; scores
-never leave the chip. Order: keys of KV head h + 1 stream while the vector unit takes the softmax of head h.
+Fusion: q, k, v are one product, gate and up another; o and down accumulate onto the residual in the drain, q and up
+onto their biases, which lie there before; a ReLU is part of the quantisation behind it; scores never leave the chip.
+Order: keys of KV head h + 1 stream while the vector unit takes the softmax of head h.
 """
 
 from __future__ import annotations
@@ -83,7 +84,9 @@ class Emitter:
             self.read("zeros", zeros, self.at.zeros, self.model.group * self.model.head_size)
 
     def read_rope(self) -> None:
-        """RoPE rows of the pass's positions."""
+        """RoPE rows of the pass's positions, where there are any."""
+        if not self.model.rotates:
+            return
         rope, width = self.map.regions["rope"], self.model.head_size
         self.read("rope rows", rope, self.at.rope, width, addr_reg=R.ROPE_BYTES)
 
@@ -94,7 +97,7 @@ class Emitter:
 
     def read_far_rope(self) -> None:
         """The RoPE row of the distance at which sinks are scored."""
-        if self.far:
+        if self.far and self.model.rotates:
             assert self.map.ring is not None
             rope, block = self.map.regions["rope"], self.at.far_rope
             self.builder.emit(
@@ -120,7 +123,7 @@ class Emitter:
         region, width = self.map.regions["qkv"], self.model.heads * self.model.head_size
         kv_width = self.model.kv_heads * self.model.head_size
         for block, first, count in (
-            (self.at.mixed, 0, width),
+            (self._queries, 0, width),
             (self.at.k, width, kv_width),
             (self.at.v, width + kv_width, kv_width),
         ):
@@ -214,8 +217,34 @@ class Emitter:
         self._query(layer, range(self.model.kv_heads))
 
     def _enter(self, layer: int) -> None:
+        self._read_bias(layer, "q", self.at.q, self.tokens)
+        self._read_bias(layer, "up", self.at.up, self.tokens)
         self._norm(layer * 2, f"layer {layer} attention norm")
         self._quantise(self.at.normed, self.model.hidden, f"layer {layer} qkv input", fresh=1)
+        self._bias_residual(layer, "o")
+
+    def _read_bias(self, layer: int, name: str, block: Block, copies: int) -> None:
+        """A bias to the place of its product, once per token; nothing for a model without biases."""
+        if not self.model.biases:
+            return
+        region = self.map.regions[f"{name}_bias"]
+        width = self.model.linear_shapes()[name][0]
+        self.builder.emit(
+            Op.READ, f"layer {layer} {name} bias", writes=[block.span(count=copies)],
+            addr=region.at(layer), count=width // self.lanes, vectors=copies, dst=block.base, dst_stride=block.words,
+        )  # fmt: skip
+
+    def _bias_residual(self, layer: int, name: str) -> None:
+        """The bias of a product onto the residual stream while the array works on what the norm before left."""
+        if not self.model.biases:
+            return
+        x, bias = self.at.x, self.at.bias
+        self._read_bias(layer, name, bias, 1)
+        self.builder.emit(
+            Op.ADD, f"layer {layer} add {name} bias", [x.span(), bias.span()], [x.span()],
+            addr=x.base, stride=x.words, addr_b=bias.base, count=self.model.hidden, vectors=self.tokens,
+            dst=x.base, dst_stride=x.words,
+        )  # fmt: skip
 
     def _key(self, layer: int) -> None:
         self._key_product(layer)
@@ -234,6 +263,11 @@ class Emitter:
         self._query_product(layer, heads)
         self._turn(heads, f"layer {layer} q")
 
+    @property
+    def _queries(self) -> Block:
+        """Where queries are ready for attention."""
+        return self.at.mixed if self.model.rotates else self.at.q
+
     def _turn(self, heads: range, note: str) -> None:
         """Rotated queries lie where attention will leave its output, out of the way of the array, which writes q."""
         group = self.model.group
@@ -243,23 +277,26 @@ class Emitter:
         """Queries of some KV heads."""
         per_head = self.model.group * self.model.head_size
         rows = range(heads.start * per_head, heads.stop * per_head)
-        self._product(self.map.matrices[f"layers.{layer}.q"], self.at.q, f"layer {layer} q", rows=rows)
+        self._product(
+            self.map.matrices[f"layers.{layer}.q"], self.at.q, f"layer {layer} q",
+            accumulate=int(self.model.biases), rows=rows,
+        )  # fmt: skip
 
     def _turn_queries(self, layer: int, heads: range) -> None:
-        """Rotate and quantise queries of some KV heads: `fresh`, as the rotation wrote the same vectors just before.
+        """Rotate and quantise queries of some KV heads: `fresh`, if a rotation wrote the same vectors just before.
         To sinks that have left a Lambda window, queries are turned to a distance of their own."""
         first, count = heads.start * self.model.group, len(heads) * self.model.group
-        at = self.at.mixed.at(offset=first * self.head_words)
+        at = self._queries.at(offset=first * self.head_words)
         if self.far:
             self._rope(self.at.q, self.at.mixed, first, count, f"layer {layer} far q", self.at.far_rope)
             self._emit_query(
                 f"layer {layer} queries to sinks", at, self.head_words, count,
-                self.at.far_q8.at(first), self.at.far_scale.at(first), fresh=1,
+                self.at.far_q8.at(first), self.at.far_scale.at(first), fresh=int(self.model.rotates),
             )  # fmt: skip
         self._turn(heads, f"layer {layer} q")
         self._emit_query(
             f"layer {layer} queries", at, self.head_words, count,
-            self.at.q8.at(first), self.at.q_scale.at(first), fresh=1,
+            self.at.q8.at(first), self.at.q_scale.at(first), fresh=int(self.model.rotates),
         )  # fmt: skip
 
     def after_attention(self, layer: int) -> None:
@@ -268,12 +305,29 @@ class Emitter:
         self._quantise(self.at.mixed, self.model.heads * self.model.head_size, f"{name} o input")
         self._product(self.map.matrices[f"layers.{layer}.o"], self.at.x, f"{name} o", accumulate=1)
         self._norm(layer * 2 + 1, f"{name} ffn norm")
+        if self.model.gated:
+            self._gated_units(layer, name)
+        else:
+            self._rectified_units(layer, name)
+        self._product(self.map.matrices[f"layers.{layer}.down"], self.at.x, f"{name} down", accumulate=1)
+
+    def _gated_units(self, layer: int, name: str) -> None:
         self._quantise(self.at.normed, self.model.hidden, f"{name} gate and up input", fresh=1)
         for part, block in (("gate", self.at.gate), ("up", self.at.up)):
             self._product(self.map.matrices[f"layers.{layer}.{part}"], block, f"{name} {part}")
         self._gate(name)
         self._quantise(self.at.gated, self.model.ffn, f"{name} down input", fresh=1)
-        self._product(self.map.matrices[f"layers.{layer}.down"], self.at.x, f"{name} down", accumulate=1)
+
+    def _rectified_units(self, layer: int, name: str) -> None:
+        self._quantise(self.at.normed, self.model.hidden, f"{name} up input", fresh=1)
+        self._bias_residual(layer, "down")
+        self._product(
+            self.map.matrices[f"layers.{layer}.up"],
+            self.at.up,
+            f"{name} up",
+            accumulate=int(self.model.biases),
+        )
+        self._quantise(self.at.up, self.model.ffn, f"{name} down input", rectify=1)
 
     def _norm(self, index: int, note: str) -> None:
         buffer = index % 2
@@ -291,11 +345,11 @@ class Emitter:
             dst=y.base, dst_stride=y.words, exponent=exponent & EXPONENT_MASK, epsilon=epsilon,
         )  # fmt: skip
 
-    def _quantise(self, source: Block, width: int, note: str, fresh: int = 0) -> None:
+    def _quantise(self, source: Block, width: int, note: str, fresh: int = 0, rectify: int = 0) -> None:
         a8, scale = self.at.a8, self.at.linear_scale
         self.builder.emit(
             Op.QUANT, note, [source.span()], [a8.span(), scale.span()],
-            addr=source.base, stride=source.words, count=width, vectors=self.tokens, fresh=fresh,
+            addr=source.base, stride=source.words, count=width, vectors=self.tokens, fresh=fresh, rectify=rectify,
             dst=a8.base * GROUPS_PER_WORD, dst_stride=a8.words * GROUPS_PER_WORD, table=scale.base,
         )  # fmt: skip
 
@@ -326,7 +380,10 @@ class Emitter:
     def _rope(
         self, source: Block, target: Block, first: int, heads: int, name: str, rows: Block | None = None
     ) -> None:
-        """Rotate `heads` heads of every token, from head `first` on, to the token's position or by a row of `rows`."""
+        """Rotate `heads` heads of every token, from head `first` on, to the token's position or by a row of `rows`; a
+        model with learned positions turns nothing."""
+        if not self.model.rotates:
+            return
         rope, offset, words = rows or self.at.rope, first * self.head_words, heads * self.head_words
         for t in range(self.tokens):
             at, to = source.at(t, offset=offset), target.at(t, offset=offset)
@@ -430,7 +487,7 @@ class Emitter:
 
     def _quantise_queries(self, layer: int, head: int, first: int, count: int) -> None:
         """Queries of one KV head, ordered token, then query head, as the array passes them."""
-        q, q8, scale, group = self.at.mixed, self.at.q8, self.at.q_scale, self.model.group
+        q, q8, scale, group = self._queries, self.at.q8, self.at.q_scale, self.model.group
         note = f"layer {layer} queries of head {head}"
         offset = head * group * self.head_words
         if group == 1:
@@ -588,7 +645,8 @@ def head_program(memory_map: MemoryMap, norms: Exponents, tokens: int) -> list[I
     x = Block("vb", 0, hidden, tokens)
     normed = Block("vb", tokens * hidden, hidden, 1)
     weight = Block("vb", engine.vb_words - hidden, hidden, 1)
-    logits = logits_block(engine, (tokens + 1) * hidden, engine.vb_words - hidden, matrix.rows)
+    bias = Block("vb", engine.vb_words - 2 * hidden, hidden, 1)
+    logits = logits_block(engine, (tokens + 1) * hidden, bias.base, matrix.rows)
     a8 = Block("act", 0, -(-model.hidden // 64), 1)
     table = Span("table", 0, 1)
     final = 2 * model.layers
@@ -603,6 +661,15 @@ def head_program(memory_map: MemoryMap, norms: Exponents, tokens: int) -> list[I
         addr_b=weight.base, count=model.hidden, vectors=1, dst=normed.base, exponent=exponent & EXPONENT_MASK,
         epsilon=epsilon,
     )  # fmt: skip
+    if model.biases:
+        builder.emit(
+            Op.READ, "final norm bias", writes=[bias.span()], addr=memory_map.regions["norm_bias"].base,
+            count=model.hidden // engine.vector_lanes, vectors=1, dst=bias.base,
+        )  # fmt: skip
+        builder.emit(
+            Op.ADD, "final norm bias", [normed.span(), bias.span()], [normed.span()], addr=normed.base,
+            addr_b=bias.base, count=model.hidden, vectors=1, dst=normed.base,
+        )  # fmt: skip
     builder.emit(
         Op.QUANT, "head input", [normed.span()], [a8.span(), table], addr=normed.base, count=model.hidden,
         vectors=1, fresh=1, dst=a8.base,

@@ -93,7 +93,7 @@ def step_registers(memory_map: MemoryMap, start: int, tokens: int) -> dict[R, in
         R.TILES: tiles,
         R.VALUE_WORDS: value_stream(layout.bits).words_per_block(engine, tiles),
         R.SCALE_WORDS: -(-live // engine.vector_lanes),
-        R.ROPE_BYTES: start * memory_map.regions["rope"].stride,
+        R.ROPE_BYTES: start * memory_map.regions["rope"].stride if memory_map.model.rotates else 0,
         R.LAST_ROW: (tokens - 1) * hidden_words,
         R.LIVE: live,
         R.SINKS: ring.live_sinks(end) if ring else 0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from golden.config import DecoderConfig
@@ -14,12 +15,13 @@ NOMINAL_NORM = (10, 1)
 
 
 def read_config(path: str | Path) -> DecoderConfig:
-    """A decoder's shape from config.json. KVStrataError for what is no JSON, no Llama or not complete."""
+    """Shape of a decoder's engine form, from config.json. KVStrataError for what is no JSON, no Llama or OPT, or not
+    complete."""
     try:
         stored = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
         raise KVStrataError(f"a model configuration is a JSON file; {path} is not") from error
-    return config_from_json(stored, str(path))
+    return replace(config_from_json(stored, str(path)), norm="rms")
 
 
 def nominal_norms(model: DecoderConfig) -> tuple[tuple[int, int], ...]:

@@ -305,6 +305,7 @@ def _norm(state: EngineState, f: Fields) -> None:
 def _quant(state: EngineState, f: Fields) -> None:
     x = _vectors(state, f)
     _check_fresh(state, f)
+    x = ops.relu(x) if f["rectify"] else x
     a8 = ops.quantise_a8(x)
     mult, post = a8.mantissa, -a8.exponent
     if f["factor"]:

@@ -11,15 +11,17 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
 
 from golden import ops
-from golden.exact_decoder import engine_weight
+from golden.engine_form import engine_form
+from golden.exact_decoder import engine_biases, engine_weight
 from golden.formats.packing import sparse24_fields
 from golden.formats.weights import QuantisedWeight, fitting_group
 from golden.loaders.checkpoint import Checkpoint
@@ -78,11 +80,12 @@ def pack_model(
     norms: Callable[[str], torch.Tensor],
     source: str,
     progress: Callable[[str], None] = lambda _: None,
+    biases: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> Image:
     """Write the images of a model to `directory` (replaced if it exists) and open them.
 
-    `norms` gives RMSNorm weights float [hidden] by name; `source` is the checkpoint's hash. KVStrataError when a
-    tensor has another shape than the map says.
+    `norms` gives RMSNorm weights float [hidden] by name, `biases` Q16 biases as `engine_biases` names them (all zero
+    where absent); `source` is the checkpoint's hash. KVStrataError when a tensor has another shape than the map says.
     """
     target = Path(directory)
     work = target.with_name(f"{target.name}.partial-{os.getpid()}")
@@ -107,7 +110,7 @@ def pack_model(
         for file in files:
             file.flush()
         prepared = [ops.prepare_norm(norms(n), memory_map.model.norm_eps) for n in norm_names(memory_map)]
-        aux = _aux_image(memory_map, prepared)
+        aux = _aux_image(memory_map, prepared, biases)
         (work / AUX).write_bytes(aux.tobytes())
         manifest = {
             **memory_map.to_json(),
@@ -131,9 +134,10 @@ def pack_checkpoint(
     checkpoint: Checkpoint,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Image:
-    """`pack_model` of a loaded checkpoint."""
-    weights = checkpoint_weights(checkpoint, memory_map)
-    return pack_model(directory, memory_map, weights, checkpoint.float32, checkpoint.sha256, progress)
+    """`pack_model` of a loaded checkpoint's engine form."""
+    checkpoint = engine_form(checkpoint)
+    weights, biases = checkpoint_weights(checkpoint, memory_map), engine_biases(checkpoint)
+    return pack_model(directory, memory_map, weights, checkpoint.float32, checkpoint.sha256, progress, biases)
 
 
 def _create(path: Path, size: int) -> np.memmap:
@@ -153,13 +157,20 @@ def _matrix_fields(matrix: Matrix, weights: Weights) -> Fields:
     return stored_fields(weight)
 
 
-def _aux_image(memory_map: MemoryMap, norms: list[ops.NormWeight]) -> np.ndarray:
-    """uint8 [aux_bytes]: norm weights and RoPE rows; everything else zero."""
+def _aux_image(
+    memory_map: MemoryMap, norms: list[ops.NormWeight], biases: Mapping[str, torch.Tensor]
+) -> np.ndarray:
+    """uint8 [aux_bytes]: norm weights, biases and RoPE rows; everything else zero."""
     aux = np.zeros(memory_map.aux_bytes, np.uint8)
     for index, norm in enumerate(norms):
         _put(aux, memory_map.regions["norms"].at(index), norm.weight.numpy())
-    rope = memory_map.regions["rope"]
+    for name, bias in biases.items():
+        layer = int(name.split(".")[1]) if "." in name else 0
+        _put(aux, memory_map.regions[f"{name.rpartition('.')[2]}_bias"].at(layer), bias.numpy())
     model = memory_map.model
+    if not model.rotates:
+        return aux
+    rope = memory_map.regions["rope"]
     cos, sin = ops.rope_table(torch.arange(memory_map.rope_rows), model.head_size, model.rope_base)
     rows = torch.stack((cos, sin), -1).flatten(1).numpy().astype("<i4")
     table = aux[rope.base : rope.end].reshape(rope.count, rope.stride)

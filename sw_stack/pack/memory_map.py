@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 
 from golden.config import DecoderConfig
+from golden.engine_form import BIASED
 from golden.formats.weights import fitting_group
 from golden.spec import SPEC_VERSION, KVStrataError
 from golden.spec.engine import STEP, WORD_BYTES, EngineConfig, KVLayout, StreamFormat, weight_stream
@@ -28,8 +29,8 @@ PAGE_BYTES = 4096
 CHUNK_TOKENS = 16
 """Most tokens of one prefill pass, whose inputs have room in auxiliary memory."""
 PRODUCTS = ("k", "v", "q", "o", "gate", "up", "down")
-"""A layer's matrices in the order in which they stream. k and v come first, so that they are quantised and appended
-while q is computed."""
+"""A layer's matrices in the order in which they stream, as far as the model has them. k and v come first, so that they
+are quantised and appended while q is computed."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ class MemoryMap:
     def _products(self) -> Iterator[tuple[str, int, int, WeightFormat]]:
         shapes = self.model.linear_shapes()
         for layer in range(self.model.layers):
-            for name in PRODUCTS:
+            for name in (n for n in PRODUCTS if n in shapes):
                 rows, inner = shapes[name]
                 yield (
                     f"layers.{layer}.{name}",
@@ -226,8 +227,9 @@ class MemoryMap:
         sizes = (
             ("program", PROGRAM_BYTES, 1),
             ("norms", 4 * m.hidden, 2 * m.layers + 1),
+            *((f"{name}_bias", 4 * width, count) for name, width, count in self._biases()),
             ("zeros", 4 * m.group * m.head_size, 1),
-            ("rope", 4 * m.head_size, self.rope_rows),
+            *((("rope", 4 * m.head_size, self.rope_rows),) if m.rotates else ()),
             ("value_scales", 4 * self.slots, m.layers * m.kv_heads),
             ("input", 4 * m.hidden, CHUNK_TOKENS),
             ("qkv", 4 * (m.heads + 2 * m.kv_heads) * m.head_size, CHUNK_TOKENS),
@@ -242,6 +244,15 @@ class MemoryMap:
             found[name] = Region(name, base, stride, count)
             base = -(-found[name].end // PAGE_BYTES) * PAGE_BYTES
         return found
+
+    def _biases(self) -> Iterator[tuple[str, int, int]]:
+        """(name, elements, records) of the biases of an engine form: a record per layer, one of the final norm."""
+        if not self.model.biases:
+            return
+        shapes = self.model.linear_shapes()
+        for name in BIASED:
+            yield name, shapes[name][0], self.model.layers
+        yield "norm", self.model.hidden, 1
 
     @property
     def aux_bytes(self) -> int:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from golden import ops
+from golden.engine_form import engine_form
 from golden.exact_decoder import engine_weight
 from golden.formats.weights import fitting_group
 from golden.lambda_window import LambdaWindow
@@ -78,12 +80,13 @@ def memory_model(name: str) -> MemoryModel:
 
 
 def memory_map(checkpoint: Checkpoint, setup: Setup) -> MemoryMap:
-    """The map of a checkpoint under a setup."""
+    """The map of a checkpoint's engine form under a setup."""
     context = min(setup.context, checkpoint.config.context)
     ring = KVRing.of_lambda(setup.window) if setup.window else None
     if setup.placement == "engine+csd":
         ring = KVRing.of_split(setup.split)
-    return MemoryMap(checkpoint.config, ENGINE_CONFIGS[setup.engine], setup.weights, setup.kv, context, ring)
+    model, engine = replace(checkpoint.config, norm="rms"), ENGINE_CONFIGS[setup.engine]
+    return MemoryMap(model, engine, setup.weights, setup.kv, context, ring)
 
 
 def cached_image(
@@ -150,6 +153,7 @@ def open_session(
     progress: Callable[[str], None] = lambda _: None,
 ) -> Session:
     """A new sequence, ready for its first tokens."""
+    checkpoint = engine_form(checkpoint)
     progress("packing")
     image = cached_image(checkpoint, memory_map(checkpoint, setup), progress)
     progress("compiling")
@@ -157,10 +161,13 @@ def open_session(
     progress(f"opening the {setup.device} device")
     device = open_device(image, setup)
     embedding = engine_weight(checkpoint, "embed", fitting_group(W8, checkpoint.config.hidden))
+    positions = None if checkpoint.config.rotates else ops.to_q16(checkpoint.float32("positions"))
     if setup.placement == "engine":
-        return Session(device, compiled, embedding)
+        return Session(device, compiled, embedding, positions)
     driver = open_drive_for(checkpoint, setup)
     if setup.placement == "csd":
-        return SplitSession(device, compiled, embedding, placement=InStorage(driver, setup.sparsity))
+        return SplitSession(
+            device, compiled, embedding, positions, placement=InStorage(driver, setup.sparsity)
+        )
     older = WindowAndStorage(driver, setup.split, setup.sparsity)
-    return SharedSession(device, compiled, embedding, older=older)
+    return SharedSession(device, compiled, embedding, positions, older=older)

@@ -13,7 +13,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from golden import ops
+from golden.exact_decoder import embedding_rows
 from golden.formats.weights import QuantisedWeight
 from golden.spec import KVStrataError
 from golden.storage.decoder import EngineShare
@@ -30,6 +30,8 @@ class Session:
     device: EngineDevice
     programs: Programs
     embedding: QuantisedWeight
+    positions: torch.Tensor | None = None
+    """Q16 int64 [context, hidden] of a model with learned positions."""
     length: int = 0
     runs: list[tuple[str, RunResult]] = field(default_factory=list)
 
@@ -86,9 +88,9 @@ class Session:
         self.runs.append((name, self.device.run(self.programs.programs[name].word, registers)))
 
     def embed(self, ids: list[int]) -> torch.Tensor:
-        """Q16 rows [T, hidden] of the w8 embedding (docs/formats.md section 10)."""
-        scale = self.embedding.scale[ids].repeat_interleave(self.embedding.format.group, 1)
-        return ops.embedding_row(self.embedding.codes[ids].long(), scale)
+        """Q16 rows [T, hidden] of the next tokens' embedding (docs/formats.md section 10)."""
+        at = torch.arange(self.length, self.length + len(ids))
+        return embedding_rows(self.embedding, torch.tensor(ids), self.positions, at)
 
     def _head(self, tokens: int) -> torch.Tensor:
         self._run("head", tokens)

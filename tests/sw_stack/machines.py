@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from golden.config import DecoderConfig
+from golden.engine_form import engine_form
 from golden.exact_decoder import ExactDecoder
 from golden.loaders import Checkpoint
 from golden.spec.engine import SMALL, EngineConfig
@@ -23,9 +24,13 @@ from sw_stack.runtime.session import Session
 SHAPE = DecoderConfig("random", layers=2, hidden=128, heads=4, kv_heads=2, head_size=32, ffn=192, vocab=160,
                     context=128, rope_base=10000.0, norm_eps=1e-5)  # fmt: skip
 
+OPT = DecoderConfig("opt", layers=2, hidden=128, heads=4, kv_heads=4, head_size=32, ffn=256, vocab=160, context=128,
+                    rope_base=0.0, norm_eps=1e-5, norm="layer", positions="learned", activation="relu",
+                    biases=True)  # fmt: skip
+
 
 def random_checkpoint(config: DecoderConfig = SHAPE, seed: int = 1) -> Checkpoint:
-    """Gaussian weights whose products keep unit size."""
+    """Gaussian weights whose products keep unit size; learned positions and biases where the shape has them."""
     rng = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -37,6 +42,11 @@ def random_checkpoint(config: DecoderConfig = SHAPE, seed: int = 1) -> Checkpoin
             tensors[f"layers.{i}.{name}"] = draw(n, k) / k**0.5
         for name in ("attn_norm", "ffn_norm"):
             tensors[f"layers.{i}.{name}"] = 1 + 0.1 * draw(config.hidden)
+    if not config.rotates:
+        tensors["positions"] = draw(config.context, config.hidden)
+    if config.biases:
+        biased = [n for n in tensors if n not in ("embed", "positions")]
+        tensors |= {f"{n}_bias": 0.5 * draw(tensors[n].shape[0]) for n in biased}
     return Checkpoint(config, tensors, None, "random", "0" * 64).check()
 
 
@@ -52,7 +62,7 @@ class Machine:
     def session(self, device: EngineDevice | None = None, seed: int | None = None) -> Session:
         """A new sequence, on a golden device unless another is given."""
         device = device or GoldenDevice(self.image, seed)
-        return Session(device, self.programs, self.golden.matrices["embed"].weight)
+        return Session(device, self.programs, self.golden.matrices["embed"].weight, self.golden.positions)
 
 
 MakeMachine = Callable[..., Machine]
@@ -69,7 +79,7 @@ def make_machine(
     ring: KVRing | None = None,
 ) -> Machine:
     """Pack and compile a model in `folder`."""
-    checkpoint = model if isinstance(model, Checkpoint) else random_checkpoint(model)
+    checkpoint = engine_form(model if isinstance(model, Checkpoint) else random_checkpoint(model))
     memory_map = MemoryMap(checkpoint.config, engine, weights, kv, context, ring)
     image = pack_checkpoint(folder / "image", memory_map, checkpoint)
     programs = compile_model(memory_map, image.norm_exponents, chunk)

@@ -17,13 +17,14 @@ from sw_stack.compile.program import step_registers
 from sw_stack.device.golden import GoldenDevice
 from sw_stack.device.protocol import DeviceFault
 from sw_stack.pack.memory_map import MemoryMap
-from tests.sw_stack.machines import SHAPE, MakeMachine
+from tests.sw_stack.machines import OPT, SHAPE, MakeMachine
 
 LLAMA_7B = DecoderConfig("llama-2-7b", layers=32, hidden=4096, heads=32, kv_heads=32, head_size=128, ffn=11008,
                        vocab=32000, context=4096, rope_base=1e4, norm_eps=1e-5)  # fmt: skip
 GROUP3 = dataclasses.replace(SHAPE, hidden=192, heads=6, kv_heads=2, head_size=32, ffn=128)
 GROUP3_WIDE = dataclasses.replace(GROUP3, head_size=64)
 MHA = dataclasses.replace(SHAPE, hidden=128, heads=2, kv_heads=2, head_size=64)
+OPT_GROUPED = dataclasses.replace(OPT, name="opt grouped", kv_heads=2, head_size=64, ffn=96)
 WIDE = dataclasses.replace(SHAPE, layers=1, hidden=256, heads=2, kv_heads=1, head_size=128, ffn=256)
 
 
@@ -45,6 +46,9 @@ def prompt(vocab: int, n: int, seed: int = 0) -> list[int]:
         (SHAPE, U280, "w4", "kv4"),
         (GROUP3_WIDE, U280, "w2s24", "kv8"),
         (MHA, U280, "w4", "kv4"),
+        (OPT, SMALL, "w4", "kv4"),
+        (OPT_GROUPED, TINY, "w8", "kv8"),
+        (OPT, U280, "w2s24", "kv4"),
     ],
     ids=lambda x: getattr(x, "name", x),
 )

@@ -12,7 +12,7 @@ everything but one latency per pass.
 | instruction | passes (lane operation -> what becomes of the result) |
 |-------------|-------------------------------------------------------|
 | NORM        | scan -> shift of the squares; square -> reciprocal root; norm -> VB |
-| QUANT       | scan -> reciprocal, scale table; scale -> A8 groups   |
+| QUANT       | scan -> reciprocal, scale table; scale -> A8 groups (`rectify`: of max(a, 0)) |
 | KVQUANT     | scan -> record; kv -> KV stream                       |
 | ROPE, GATE, ADD | the operation -> VB                               |
 | SOFTMAX     | words to the softmax unit -> A8 groups, scale table   |
@@ -184,8 +184,9 @@ class VectorUnit(wiring.Component):
             request.valid.eq(available != fed),
             request.p.kind.eq(Mux(second, ScalarKind.NORM, first)),
             request.p.v.eq(index),
-            request.p.least.eq(extremes.r[0].data.least),
-            request.p.most.eq(extremes.r[0].data.most),
+            # Extremes that a `fresh` instruction finds are those before max(a, 0).
+            request.p.least.eq(Mux(op.rectify, 0, extremes.r[0].data.least)),
+            request.p.most.eq(Mux(op.rectify & extremes.r[0].data.most[-1], 0, extremes.r[0].data.most)),
             request.p.total.eq(totals.r[0].data),
             request.p.shift.eq(factors.r[1].data.n1 - N1_BIAS),
             request.p.epsilon.eq(op.epsilon),
@@ -256,7 +257,7 @@ class VectorUnit(wiring.Component):
         for k in range(self._config.vector_lanes):
             live = tag.mask[k]
             m.d.comb += [
-                lanes.p.a[k].eq(Mux(live, words.p.a[k], 0)),
+                lanes.p.a[k].eq(Mux(live & ~(op.rectify & words.p.a[k][-1]), words.p.a[k], 0)),
                 lanes.p.b[k].eq(Mux(live, words.p.b[k], 0)),
                 softmax.p.z[k].eq(words.p.a[k]),
                 softmax.p.scale[k].eq(words.p.b[k][:16]),

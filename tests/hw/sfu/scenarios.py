@@ -102,7 +102,7 @@ class Case:
 
     def _prepare_quant(self):
         factor, exponent = self.rng.choice([(0, 0), (47274, 18), (33427, 18)])
-        self.fields = {"factor": factor, "exponent": exponent}
+        self.fields = {"factor": factor, "exponent": exponent, "rectify": self.rng.choice([0, 0, 1])}
 
     def _prepare_kvquant(self):
         self.fields = {"bits": self.rng.choice([4, 8])}
@@ -145,7 +145,8 @@ class Case:
 
     def _check_quant(self, machine):
         for v in range(self.vectors):
-            codes, sm, se = ref.a8(self.x[v])
+            x = [max(e, 0) for e in self.x[v]] if self.fields["rectify"] else self.x[v]
+            codes, sm, se = ref.a8(x)
             codes = codes + [0] * (-len(codes) % 32)
             for g in range(len(codes) // 32):
                 part = codes[32 * g : 32 * g + 32]

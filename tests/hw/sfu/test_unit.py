@@ -56,12 +56,13 @@ def fresh_pairs(rng, lanes: int):
     reader = {
         "norm": instruction(Op.NORM, addr=1024, addr_b=1536, dst=1100, exponent=3, epsilon=99, **common),
         "quant": instruction(Op.QUANT, addr=1024, dst=0, table=5, factor=47274, exponent=18, **common),
+        "rectify": instruction(Op.QUANT, addr=1024, dst=0, table=5, rectify=1, **common),
         "kvquant": instruction(Op.KVQUANT, addr=1024, bits=4, **common),
     }
     return writer, reader
 
 
-@pytest.mark.parametrize("name", ["norm", "quant", "kvquant"])
+@pytest.mark.parametrize("name", ["norm", "quant", "rectify", "kvquant"])
 def test_fresh_operands_give_the_same_bits_in_fewer_cycles(name):
     rng, lanes, seen = random.Random(name), 8, []
     machine = Machine(TINY, seed=3)
@@ -76,7 +77,7 @@ def test_fresh_operands_give_the_same_bits_in_fewer_cycles(name):
         machine.table.clear()
         machine.kv.clear()
 
-    reader = readers[name] | ({"dst_stride": 2} if name == "quant" else {})
+    reader = readers[name] | ({"dst_stride": 2} if name in ("quant", "rectify") else {})
     machine.run([writer, reader, snapshot, writer, reader | {"fresh": 1}, snapshot])
     assert seen[0] == seen[1]
     assert machine.cycles[3] < machine.cycles[1]

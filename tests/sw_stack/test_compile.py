@@ -21,6 +21,8 @@ from tests.sw_stack.machines import OPT, SHAPE, MakeMachine
 
 LLAMA_7B = DecoderConfig("llama-2-7b", layers=32, hidden=4096, heads=32, kv_heads=32, head_size=128, ffn=11008,
                        vocab=32000, context=4096, rope_base=1e4, norm_eps=1e-5)  # fmt: skip
+OPT_6B7 = dataclasses.replace(OPT, name="opt-6.7b", layers=32, hidden=4096, heads=32, kv_heads=32, head_size=128,
+                              ffn=16384, vocab=50272, context=2048, norm="rms")  # fmt: skip
 GROUP3 = dataclasses.replace(SHAPE, hidden=192, heads=6, kv_heads=2, head_size=32, ffn=128)
 GROUP3_WIDE = dataclasses.replace(GROUP3, head_size=64)
 MHA = dataclasses.replace(SHAPE, hidden=128, heads=2, kv_heads=2, head_size=64)
@@ -146,11 +148,14 @@ def test_waits_and_signals_pair_up(machine: MakeMachine) -> None:
         assert not any(given.values())
 
 
-def test_llama_7b_compiles_into_a_megabyte_for_any_length() -> None:
-    memory_map = MemoryMap(LLAMA_7B, U280, "w2s24", "kv4", 4096)
-    programs = compile_model(memory_map, ((10, 1000),) * (2 * LLAMA_7B.layers + 1))
+@pytest.mark.parametrize(
+    "shape", [LLAMA_7B, pytest.param(OPT_6B7, marks=pytest.mark.slow)], ids=lambda x: x.name
+)
+def test_7b_shapes_compile_into_a_megabyte_for_any_length(shape: DecoderConfig) -> None:
+    memory_map = MemoryMap(shape, U280, "w2s24", "kv4", shape.context)
+    programs = compile_model(memory_map, ((10, 1000),) * (2 * shape.layers + 1))
     assert programs.size_bytes <= 1 << 20
-    for start in (0, 31, 1023, 4095):
+    for start in (0, 31, 1023, shape.context - 1):
         assert step_registers(memory_map, start, 1)
     for instruction in programs.programs["decode"].instructions:
         op, _ = decode(instruction.word())

@@ -151,6 +151,21 @@ def test_bad_input_is_one_sentence(machine: MakeMachine, tmp_path: Path) -> None
     assert "instruction 0 is illegal: no instruction has opcode 0x77" in fails("disasm", str(junk))
 
 
+def test_opt_compiles_from_its_config(tmp_path: Path) -> None:
+    shape = {
+        "num_hidden_layers": 1,
+        "hidden_size": 64,
+        "num_attention_heads": 2,
+        "ffn_dim": 96,
+        "vocab_size": 64,
+    }
+    path = config(tmp_path, model_type="opt", **shape)
+    arguments = ["compile", "--config", str(path), "--engine", "tiny", "--context", "64", "--json"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert [p["program"] for p in json.loads(result.stdout)] == ["decode", "prefill", "head"]
+
+
 def config(folder: Path, **changes: object) -> Path:
     """A config.json of Llama-2-7B's shape."""
     stored = {

@@ -35,6 +35,10 @@ def command(
     window: Annotated[
         int, typer.Option(min=1, help="recent tokens kept for lambda, or on the engine for engine+csd")
     ] = 64,
+    image: Annotated[
+        Path | None,
+        typer.Option(help="images of `pack` for a device; none: packed when they are not there yet"),
+    ] = None,
     memory: Annotated[
         str, typer.Option(help="memory of device rtl or timing: hbm, random, or a fixed latency in cycles")
     ] = "hbm",
@@ -78,10 +82,10 @@ def command(
         split = Split(sinks, window)
         setup = Setup(engine, device, placement, weights, kv, context, sparsity, split, kept, memory)
         with console.status("starting") as status:
-            run = on_device(checkpoint, setup, prompt, tokens, status.update, not raw)
+            run = on_device(checkpoint, setup, prompt, tokens, status.update, not raw, image)
             if check:
                 golden = on_device(
-                    checkpoint, replace(setup, device="golden"), prompt, tokens, status.update, not raw
+                    checkpoint, replace(setup, device="golden"), prompt, tokens, status.update, not raw, image
                 )
                 run.require_equal(golden)
         result = {**run.to_json(), "equal_to_golden": check or None}

@@ -757,6 +757,11 @@ def compile_shares(memory_map: MemoryMap, norms: Exponents) -> Programs:
     return _cut(memory_map, norms, 1, "share", Emitter.share)
 
 
+def check_fits(memory_map: MemoryMap) -> None:
+    """KVStrataError when not even one token at a time fits the chip's buffers: to know before a model is packed."""
+    Emitter(memory_map, (), 1)
+
+
 def _compile_ring(memory_map: MemoryMap, norms: Exponents) -> Programs:
     """One token at a time through a Lambda window's ring; `sinks` is `decode` for the tokens that are sinks."""
     streams = {"decode": (1, Layers(memory_map, norms, 1).build())}

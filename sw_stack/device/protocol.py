@@ -32,7 +32,7 @@ class DeviceFault(KVStrataError):
 
 
 class DeviceTimeout(KVStrataError):
-    """The engine raised no interrupt within its limit."""
+    """A device gave no answer within its limit: an engine no interrupt, a drive no completion."""
 
 
 class EngineDevice(Protocol):

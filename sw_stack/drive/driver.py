@@ -15,10 +15,11 @@ import numpy as np
 from golden.spec import KVStrataError
 from golden.spec.nvme import ATTEND_HEADER_BYTES, AddressMap, LogicalAddress, Status
 from golden.spec.storage import PageKind
+from sw_stack.device.protocol import DeviceTimeout
 from sw_stack.drive import commands as c
 from sw_stack.drive.attention import AttentionUnit
 from sw_stack.drive.controller import Controller, record_bytes
-from sw_stack.drive.errors import DeviceTimeout, DriveError, from_status
+from sw_stack.drive.errors import DriveError, from_status
 from sw_stack.drive.flash import FlashArray, Geometry
 from sw_stack.drive.ftl import Ftl, FtlOptions
 from sw_stack.drive.queue import Doorbells, HostMemory, QueuePair

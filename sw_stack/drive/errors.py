@@ -114,10 +114,6 @@ class PartialBatch(DriveError):
     rule = "some sequences of the batch failed"
 
 
-class DeviceTimeout(KVStrataError):
-    """The device posted no completion within the polling limit."""
-
-
 BY_STATUS: dict[int, type[DriveError]] = {
     cls.status: cls
     for cls in (

@@ -8,6 +8,7 @@ import tempfile
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from select import select
 from typing import NamedTuple
 
 import numpy as np
@@ -15,10 +16,13 @@ import numpy as np
 from golden.spec import KVStrataError
 from golden.spec.engine import Counter, EngineConfig, Error, Reg, State, Unit
 from golden.spec.memory import MemoryModel
+from sw_stack.device.protocol import DeviceTimeout
 
 WATCHDOG_CYCLES = 20_000
 """Cycles without any progress before the engine gives up: far beyond any memory latency."""
 MAX_CYCLES = 2_000_000_000
+ANSWER_SECONDS = 3600
+"""Time for one command, a run included: far beyond the longest prefill, and an end where a simulation hangs."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,8 @@ def engine_program(config: EngineConfig, waves: bool = False) -> Path:
 
 
 class EngineProcess:
-    """A running simulation. Raises KVStrataError with the simulation's sentence when a command fails."""
+    """A running simulation. Raises KVStrataError with its sentence when a command fails, DeviceTimeout when
+    none comes."""
 
     def __init__(self, config: EngineConfig, model: MemoryModel | None = None, waves: bool = False) -> None:
         self.config = config
@@ -105,11 +110,18 @@ class EngineProcess:
         try:
             self._process.stdin.write(line + "\n")
             self._process.stdin.flush()
+            if not select([self._process.stdout], [], [], ANSWER_SECONDS)[0]:
+                self._process.kill()
+                raise DeviceTimeout(
+                    f"the engine must answer a command within {ANSWER_SECONDS} s; {line.split()[0]!r} is open"
+                )
             answer = self._process.stdout.readline().strip()
         except BrokenPipeError:
             answer = ""
         if not answer:
-            raise KVStrataError(f"the engine simulation ended at the command {line.split()[0]!r}")
+            raise DeviceTimeout(
+                f"the engine must answer a command; its simulation ended at {line.split()[0]!r}"
+            )
         if answer.startswith("error "):
             raise KVStrataError(f"the engine simulation refused: {answer[6:]}")
         return answer
@@ -177,7 +189,7 @@ class EngineProcess:
         if answer["violation"]:
             raise KVStrataError(f"a memory port broke the AXI protocol: {answer['violation']}")
         if not answer["interrupt"]:
-            raise KVStrataError(f"the engine raised no interrupt within {answer['waited']} cycles")
+            raise DeviceTimeout(f"the engine raised no interrupt within {answer['waited']} cycles")
         return EngineRun(
             State(answer["state"]),
             Error(answer["error"]),

@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -76,6 +77,7 @@ def on_device(
     new_tokens: int,
     progress: Callable[[str], None] = lambda _: None,
     chat: bool = True,
+    image: Path | None = None,
 ) -> DeviceRun:
     """Answer a prompt greedily, or continue it (`chat` False); stops early at the end-of-text token.
 
@@ -88,7 +90,7 @@ def on_device(
         raise KVStrataError(
             f"prompt and answer must fit the context of {setup.context} tokens; got {len(ids)} and {new_tokens}"
         )
-    session = open_session(checkpoint, setup, progress)
+    session = open_session(checkpoint, setup, progress, image)
     try:
         return _decode(session, checkpoint, setup, prompt, chat, ids, new_tokens, progress)
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from golden import ops
 from golden.engine_form import engine_form
@@ -17,7 +18,7 @@ from golden.spec.formats import W8
 from golden.spec.memory import MemoryModel
 from golden.storage.decoder import Sparsity, Split
 from hw.flow.cache import build_dir, content_key
-from sw_stack.compile.decoder import Programs, compile_model, compile_shares, compile_split
+from sw_stack.compile.decoder import Programs, check_fits, compile_model, compile_shares, compile_split
 from sw_stack.device.golden import GoldenDevice
 from sw_stack.device.protocol import EngineDevice
 from sw_stack.drive.attention import AttentionUnit
@@ -105,6 +106,18 @@ def cached_image(
     return pack_checkpoint(folder, wanted, checkpoint, progress)
 
 
+def given_image(directory: Path, checkpoint: Checkpoint, wanted: MemoryMap) -> Image:
+    """The image of a directory; KVStrataError when it is not of this checkpoint and map."""
+    image = Image.open(directory)
+    image.require(wanted)
+    if image.source_sha256 != checkpoint.sha256:
+        raise KVStrataError(
+            f"an image of the checkpoint {checkpoint.sha256[:12]} is needed; {directory} was packed from "
+            f"{image.source_sha256[:12]}"
+        )
+    return image
+
+
 def programs(image: Image, setup: Setup) -> Programs:
     """Compiled for the placement."""
     build = {"engine": compile_model, "csd": compile_split, "engine+csd": compile_shares}[setup.placement]
@@ -151,11 +164,21 @@ def open_session(
     checkpoint: Checkpoint,
     setup: Setup,
     progress: Callable[[str], None] = lambda _: None,
+    directory: Path | None = None,
 ) -> Session:
-    """A new sequence, ready for its first tokens."""
+    """A new sequence, ready for its first tokens, on the images of a `directory` (none: packed where needed).
+
+    KVStrataError when the directory holds images of another model or for another setup.
+    """
     checkpoint = engine_form(checkpoint)
     progress("packing")
-    image = cached_image(checkpoint, memory_map(checkpoint, setup), progress)
+    wanted = memory_map(checkpoint, setup)
+    check_fits(wanted)
+    image = (
+        given_image(directory, checkpoint, wanted)
+        if directory
+        else cached_image(checkpoint, wanted, progress)
+    )
     progress("compiling")
     compiled = programs(image, setup)
     progress(f"opening the {setup.device} device")

@@ -12,6 +12,7 @@ from golden.spec.nvme import SQE_FIELDS, AddressMap, LogicalAddress, Opcode, Sta
 from golden.spec.storage import PageKind
 from golden.storage import layout
 from golden.storage.attention import dense, mean_value, sparf
+from sw_stack.device.protocol import DeviceTimeout
 from sw_stack.drive import commands as c
 from sw_stack.drive import shape as pages
 from sw_stack.drive.driver import Driver, Selection, open_drive
@@ -19,7 +20,6 @@ from sw_stack.drive.errors import (
     BY_STATUS,
     AddressOutOfRange,
     ContextFull,
-    DeviceTimeout,
     DriveFull,
     InvalidCommand,
     InvalidField,

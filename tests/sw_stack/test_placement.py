@@ -28,7 +28,6 @@ from golden.storage.decoder import (
 from sw_stack.compile.decoder import compile_shares, compile_split
 from sw_stack.device.golden import GoldenDevice
 from sw_stack.drive.driver import Driver, open_drive
-from sw_stack.drive.errors import DriveFull
 from sw_stack.drive.flash import Geometry
 from sw_stack.drive.shape import TaskShape
 from sw_stack.pack.ring import KVRing
@@ -153,13 +152,6 @@ def test_a_window_that_does_not_fill_its_ring_is_refused() -> None:
         KVStrataError, match="a multiple of 32 tokens and fills its ring; got a window of 20 in a ring of 32"
     ):
         KVRing.of_lambda(LambdaWindow(2, 20))
-
-
-def test_a_drive_that_fills_up_ends_the_sequence_with_one_sentence(machine: MakeMachine) -> None:
-    made = machine(MODEL, SMALL, context=128)
-    session = split_session(made, InStorage(drive(made, Geometry(1, 1, 2, 4))))
-    with pytest.raises(DriveFull, match="the drive has no erased block left"):
-        session.forward(prompt(120))
 
 
 def test_a_split_without_a_window_is_refused() -> None:

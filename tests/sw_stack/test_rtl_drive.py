@@ -71,47 +71,51 @@ def test_the_rtl_answers_from_the_maps_as_the_golden_unit_does() -> None:
     assert len(unit.cycles) == 8 * 2 * 2
 
 
+IDS = [1, 9690, 198, 2683, 359, 253, 5356]
+
+
+def layers_of(model: Checkpoint, layers: int) -> Checkpoint:
+    return dataclasses.replace(model, config=dataclasses.replace(model.config, layers=layers))
+
+
 @pytest.mark.slow
 @pytest.mark.rtl
-@pytest.mark.parametrize("sparsity", [None, Sparsity(ratio=4)])
-def test_text_with_attention_in_storage_on_rtl(smollm2: Checkpoint, sparsity: Sparsity | None) -> None:
-    """Four real layers: the engine's RTL projects, the drive's RTL attends; logits equal to the golden decoder."""
-    four = dataclasses.replace(smollm2, config=dataclasses.replace(smollm2.config, layers=4))
+@pytest.mark.parametrize(("layers", "sparsity"), [(30, None), (4, Sparsity(ratio=4))], ids=["dense", "sparf"])
+def test_text_with_attention_in_storage_on_rtl(
+    smollm2: Checkpoint, layers: int, sparsity: Sparsity | None
+) -> None:
+    """The engine's RTL projects, the drive's RTL attends; logits and hidden state equal to the golden decoder's."""
+    model = layers_of(smollm2, layers)
     setup = Setup("small", "rtl", "csd", context=64, sparsity=sparsity, memory="2")
-    session = open_session(four, setup)
-    golden = StorageDecoder(four, "w4", sparsity)
-    cache, ids = golden.new_cache(), [1, 9690, 198, 2683, 359, 253]
-    try:
-        for _ in range(2):
-            logits = session.forward(ids)
-            expected = [golden.forward([token], cache)[0] for token in ids][-1]
-            assert torch.equal(logits, expected)
-            ids = [int(argmax_lowest(logits))]
-    finally:
-        session.device.close()
+    _writes_what_golden_writes(model, setup, StorageDecoder(model, "w4", sparsity))
 
 
 @pytest.mark.slow
 @pytest.mark.rtl
-def test_text_shared_by_engine_and_drive_on_rtl(smollm2: Checkpoint) -> None:
-    """Four real layers, sinks and window on the engine's RTL, older tokens on the drive's, merged by the host."""
-    four = dataclasses.replace(smollm2, config=dataclasses.replace(smollm2.config, layers=4))
-    split = Split(sinks=2, window=6)
-    session = open_session(four, Setup("small", "rtl", "engine+csd", context=64, split=split, memory="20"))
-    golden = HybridDecoder(four, split)
-    cache, ids = golden.new_cache(), [1, 9690, 198, 2683, 359, 253, 5356, 5646, 11173, 3365, 3511]
+@pytest.mark.parametrize(("layers", "sparsity"), [(30, None), (4, Sparsity(ratio=2))], ids=["dense", "sparf"])
+def test_text_shared_by_engine_and_drive_on_rtl(
+    smollm2: Checkpoint, layers: int, sparsity: Sparsity | None
+) -> None:
+    """Sinks and window on the engine's RTL, older tokens on the drive's, merged by the host."""
+    model, split = layers_of(smollm2, layers), Split(sinks=2, window=3)
+    setup = Setup("small", "rtl", "engine+csd", context=64, sparsity=sparsity, split=split, memory="20")
+    _writes_what_golden_writes(model, setup, HybridDecoder(model, split, sparsity=sparsity))
+
+
+def _writes_what_golden_writes(model: Checkpoint, setup: Setup, golden: StorageDecoder) -> None:
+    session, cache, ids = open_session(model, setup), golden.new_cache(), IDS
     try:
         for _ in range(3):
             logits = session.forward(ids)
             expected, hidden = _observed(golden, cache, ids)
-            assert torch.equal(logits, expected)
             assert torch.equal(session.hidden(1)[0], hidden)
+            assert torch.equal(logits, expected)
             ids = [int(argmax_lowest(logits))]
     finally:
         session.device.close()
 
 
-def _observed(golden: HybridDecoder, cache: Any, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+def _observed(golden: StorageDecoder, cache: Any, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits of the last token, and the residual stream that the last layer leaves."""
     hidden = []
 

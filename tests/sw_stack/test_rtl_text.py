@@ -8,6 +8,8 @@ import json
 import pytest
 import torch
 
+from golden.exact_decoder import ExactDecoder
+from golden.lambda_window import LambdaWindow
 from golden.llama import load_model
 from golden.loaders import Checkpoint
 from golden.ops import argmax_lowest
@@ -78,6 +80,29 @@ def test_two_real_layers_on_small_at_any_memory(two_layers: Checkpoint, memory: 
     if memory != "random":
         for m, p in zip(measured, predicted(session, memory), strict=True):
             assert abs(p / m - 1) <= 0.02, f"{p} predicted, {m} measured with memory {memory}"
+
+
+@pytest.mark.slow
+def test_a_lambda_window_on_rtl_is_exact_and_predicted(two_layers: Checkpoint) -> None:
+    """Past the ring's end, with sinks handed over: logits of the golden decoder, each program's cycles as predicted."""
+    window = LambdaWindow(2, 32)
+    session = open_session(two_layers, Setup("small", "rtl", context=64, memory="20", window=window))
+    golden = ExactDecoder(two_layers, window=window)
+    cache, ids = golden.new_cache(), load_model(None).tokenizer.encode(2 * PROMPT)[:31]  # type: ignore[union-attr]
+    assert session.programs.map.slots == 64
+    try:
+        for _ in range(4):
+            session.runs.clear()
+            logits = session.forward(ids)
+            assert torch.equal(logits, golden.forward(ids, cache, last_only=True)[0])
+            assert [name for name, _ in session.runs[-2:]] == ["decode", "head"]
+            measured = [result.cycles for _, result in session.runs[-2:]]
+            session.runs = session.runs[-2:]
+            for m, p in zip(measured, predicted(session, "20"), strict=True):
+                assert abs(p / m - 1) <= 0.005, f"{p} predicted, {m} measured at {session.length} tokens"
+            ids = [int(argmax_lowest(logits))]
+    finally:
+        session.device.close()
 
 
 @pytest.mark.slow

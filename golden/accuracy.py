@@ -24,6 +24,7 @@ from golden.compression import Recipe, bits_per_weight, calibrate, calibrate_k_o
 from golden.decoder import Decoder
 from golden.exact_decoder import ExactDecoder
 from golden.float_decoder import FloatDecoder
+from golden.formats.kv import NAMES as KV_NAMES
 from golden.formats.kv import codec
 from golden.formats.weights import QuantisedWeight
 from golden.lambda_window import LambdaWindow
@@ -31,6 +32,7 @@ from golden.llama import english_text, token_nll
 from golden.loaders.checkpoint import Checkpoint
 from golden.ops import from_q16
 from golden.policies import Dense, KVPolicy, Lambda, Sparf, Sparq
+from golden.policy_decoder import PolicyDecoder
 from golden.spec import SPEC_VERSION, KVStrataError
 from golden.spec.formats import KV_FORMATS
 from golden.spec.policies import PolicyCosts
@@ -111,7 +113,7 @@ class Bench:
         self.tokenizer = checkpoint.tokenizer
         self.ids = torch.tensor(checkpoint.tokenizer.encode(self.text.text))
         self._weights: tuple[Recipe, dict[str, Tensor | QuantisedWeight]] | None = None
-        self._decoder: tuple[tuple[str, Recipe], Decoder] | None = None
+        self._decoder: tuple[tuple[type[Decoder], Recipe], Decoder] | None = None
 
     # --- inputs of a row ------------------------------------------------------------------------------
     def windows(self, context: int) -> list[Tensor]:
@@ -157,7 +159,8 @@ class Bench:
         """The decoder of a row; the last one is kept, and set up anew where only KV, activations or policy change."""
         if row.level not in ("float", "exact"):
             raise KVStrataError(f"a level must be float or exact, got {row.level}.")
-        wanted = (row.level + row.kv if in_drive(row) else row.level, row.recipe)
+        check_exact(row)
+        wanted = (decoder_class(row), row.recipe)
         if self._decoder is None or self._decoder[0] != wanted:
             self._decoder = None  # two models at once would not be needed
             self._decoder = (wanted, self._build(row))
@@ -168,22 +171,21 @@ class Bench:
             decoder.codec, decoder.activations = codec(row.kv), row.activations
         elif isinstance(decoder, StorageDecoder):
             decoder.sparsity = drive_sparsity(row.policy)
+        elif isinstance(decoder, PolicyDecoder):
+            decoder.policy, decoder.codec = parse_policy(row.policy, c.head_size, c.group), codec(row.kv)
         elif isinstance(decoder, ExactDecoder):
             kv, centred = row.kv.removesuffix(CENTRED), row.kv.endswith(CENTRED)
-            if row.activations != "a8" or kv not in KV_FORMATS:
-                raise KVStrataError(
-                    f"the exact level computes with a8 and kv4, kv8 or (in the drive) float, got {row.name}."
-                )
             decoder.window, decoder.kv_format = exact_window(row.policy), KV_FORMATS[kv]
             decoder.k_offset = self.k_offset() if centred else None
         return decoder
 
     def _build(self, row: Row) -> Decoder:
         weights = self.weights(row.recipe)
-        if row.level == "float":
-            return FloatDecoder(self.checkpoint, torch.float32, weights)
+        chosen = decoder_class(row)
+        if issubclass(chosen, FloatDecoder):
+            return chosen(self.checkpoint, torch.float32, weights)
         codes = {name: w for name, w in weights.items() if isinstance(w, QuantisedWeight)}
-        return (StorageDecoder if in_drive(row) else ExactDecoder)(self.checkpoint, codes)
+        return chosen(self.checkpoint, codes)
 
     # --- measuring ------------------------------------------------------------------------------------
     def reference(self, context: int) -> dict[str, Tensor]:
@@ -285,9 +287,25 @@ class Bench:
         return sum(a == b for a, b in zip(guesses, digits)) / len(digits)
 
 
-def in_drive(row: Row) -> bool:
-    """Whether a row is exact with the cache in binary16 on flash and attention in the in-storage unit."""
-    return row.level == "exact" and row.kv == "float"
+def decoder_class(row: Row) -> type[FloatDecoder] | type[ExactDecoder]:
+    """What computes a row. Exact ones: the in-storage unit with the cache in binary16, the engine as RTL has it, or the
+    engine's integers with what no RTL has."""
+    if row.level == "float":
+        return FloatDecoder
+    if row.kv == "float":
+        return StorageDecoder
+    on_rtl = row.policy.partition(":")[0] in ("dense", "lambda-limit") and not row.kv.startswith("kivi")
+    return ExactDecoder if on_rtl else PolicyDecoder
+
+
+def check_exact(row: Row) -> None:
+    """Refuse an exact row that no decoder computes."""
+    if row.level == "exact" and (row.activations != "a8" or row.kv.removesuffix(CENTRED) not in KV_NAMES):
+        raise KVStrataError(
+            f"the exact level computes with a8 and a KV format of {', '.join(KV_NAMES)}, got {row.name}."
+        )
+    if row.level == "exact" and row.kv.endswith(CENTRED) and decoder_class(row) is PolicyDecoder:
+        raise KVStrataError(f"a K offset goes with dense attention at the exact level, got {row.name}.")
 
 
 def drive_sparsity(policy: str) -> Sparsity | None:
@@ -307,7 +325,7 @@ def exact_window(policy: str) -> LambdaWindow | None:
         return None
     kind, _, values = policy.partition(":")
     if kind != "lambda-limit":
-        raise KVStrataError(f"the exact level attends densely or by lambda-limit:S+W, got {policy}.")
+        raise KVStrataError(f"the engine attends densely or by lambda-limit:S+W, got {policy}.")
     sinks, window = (int(v) for v in values.split("+"))
     return LambdaWindow(sinks, window)
 
@@ -319,7 +337,7 @@ def prefill(decoder: Decoder, tokens: Tensor, cache: Any) -> None:
         decoder.hidden(tokens, cache)
         decoder.sparsity = sparsity
         return
-    if not isinstance(decoder, FloatDecoder):
+    if not isinstance(decoder, (FloatDecoder, PolicyDecoder)):
         decoder.hidden(tokens, cache)
         return
     policy, decoder.policy = decoder.policy, decoder.policy.prefill()
@@ -418,6 +436,11 @@ POLICIES = (
 )  # fmt: skip
 DRIVE_POLICIES = ("dense", "sparf:16,0.125")
 """Of the in-storage unit's binary16 attention, token by token in numpy: at the shortest context."""
+SOFTWARE_FORMS = (
+    ("kivi4", "dense"), ("kivi2", "dense"), ("kv4", "sparq:16,0.125"), ("kivi4", "sparq:16,0.125"),
+    ("kv4", "lambda-cache:4+128"),
+)  # fmt: skip
+"""KV format and policy in the engine's integers without RTL (golden.policy_decoder)."""
 LONGEST_POLICIES = ("lambda-limit:4+1024", "sparq:16,0.125", "sparf:16,0.125")
 """One of each family at the longest context, where a row takes minutes."""
 SHORT_CONTEXTS, LONG_CONTEXTS = (256, 1024), (2048, 4096, 8192)
@@ -436,6 +459,8 @@ def grid(long: bool = True) -> Iterator[Row]:
             yield Row(context, level, recipe, activations, kv)
             if (recipe, kv, context) == (W4_EXACT, "kv8", 256):
                 yield from (Row(context, level, recipe, activations, "float", p) for p in DRIVE_POLICIES)
+            if (recipe, kv, context) == (W4_EXACT, "kv4", 256):
+                yield from (Row(context, level, recipe, activations, *form) for form in SOFTWARE_FORMS)
             if (recipe, kv) == (W4_EXACT, "kv4") and context > 256:
                 yield Row(context, level, recipe, activations, kv, "lambda-limit:4+256")
     for context in LONG_CONTEXTS if long else ():

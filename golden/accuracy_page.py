@@ -73,7 +73,8 @@ error of a few percent, mostly common to all rows; KL and top-1 compare with the
 sharper.
 
 - *level* `float`: the algorithm (formats and policy applied) in float32; `exact`: the engine's integers, bit for bit;
-  with a KV of `float` there, the in-storage unit's binary16 attention over a binary16 cache on flash.
+  with a KV of `float` there, the in-storage unit's binary16 attention over a binary16 cache on flash; with `kivi`,
+  SparQ or cache positions, forms that no RTL has (docs/formats.md section 8.2).
 - *MB/token*: what one decode step reads at batch 1: weights with the head (float counts as fp16), and KV as the policy
   selects (SparF: whole flash pages as selected in that run).
 - *att. error*: relative L2 error of the attention outputs against float, mean over layers, with all errors from before.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -39,6 +39,22 @@ class ScoreScale:
         exponent = 16 - math.frexp(value)[1]
         return cls(math.floor(value * 2.0**exponent + 0.5), exponent)
 
+    def times(self, q: A8) -> tuple[Tensor, Tensor]:
+        """Mantissa sm' and right shift -se' that quantised queries' scales and this constant make together."""
+        return rnd_shift(q.mantissa * self.mantissa, 16), -(q.exponent + 16 - self.exponent)
+
+    def log2(self, x: Tensor) -> Tensor:
+        """Sums of products (q16) as scores in log2 units."""
+        return rnd_shift(x * self.mantissa, self.exponent)
+
+
+class Scale(Protocol):
+    """What turns dot products into scores: one constant, or one of each query."""
+
+    def times(self, q: A8) -> tuple[Tensor, Tensor]: ...
+
+    def log2(self, x: Tensor) -> Tensor: ...
+
 
 class Partial(NamedTuple):
     """Unfinished softmax of one set of slots: maximum m (whole log2 units), sum l, outputs o [..., dh]."""
@@ -52,14 +68,13 @@ EMPTY_M = SOFTMAX_EMPTY
 """Maximum of a partial that has seen no live slot."""
 
 
-def scores(q: A8, k: KVCodes, scale: ScoreScale) -> Tensor:
+def scores(q: A8, k: KVCodes, scale: Scale) -> Tensor:
     """z [Hkv, G, T, S] in log2 units, q16, of q [Hkv, G, T, dh] and k [Hkv, S, dh]."""
     # float32 is exact here: |sum a*code| <= 256 * 127 * 255 < 2**24.
     dots = (q.codes.float() @ k.codes.float().transpose(-1, -2)[:, None]).long()
     acc = int24(k.scale)[:, None, None] * dots
     acc += int24(k.minimum)[:, None, None] * q.codes.sum(-1, keepdim=True)
-    mantissa = rnd_shift(q.mantissa * scale.mantissa, 16)
-    shift = -(q.exponent + 16 - scale.exponent)
+    mantissa, shift = scale.times(q)
     scaled = rnd_shift(acc, ACC_PRESHIFT) * mantissa[..., None]
     return sat(rnd_shift(scaled, shift[..., None]), VEC_BITS)
 

@@ -37,7 +37,7 @@ A8_RECIP_SHIFT = 24
 # --- KV cache ---------------------------------------------------------------------------------------
 KV_CLIP_BITS = 26
 """K and V saturate to this many signed bits in the vector format (+-512) when appended."""
-KV_RANGE_DIV = {4: (69905, 20), 8: (65793, 24)}
+KV_RANGE_DIV = {2: (87381, 18), 4: (69905, 20), 8: (65793, 24)}
 """bits -> (round(2**f / (2**bits - 1)), f): scale = fp16(range * c * 2**-(f + 16))."""
 
 # --- attention --------------------------------------------------------------------------------------

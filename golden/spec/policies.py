@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from math import ceil
 
 from golden.spec import KVStrataError
@@ -185,6 +186,18 @@ class LambdaCosts(DenseCosts):
         return replace(self, window=max(context, 1))
 
 
+def attended(context: int, ratio: float | Fraction, local: int, fixed: int = 0) -> int:
+    """k: `fixed` tokens, or ceil(context * ratio) and no less than `local`; never more than there are. A ratio counts
+    as the nearest fraction of a denominator up to 65,536, so that 0.1 of 70 tokens are 7."""
+    exact = Fraction(ratio).limit_denominator(1 << 16)
+    return min(context, fixed or max(local, ceil(context * exact)))
+
+
+def always_recent(k: int, local: int) -> int:
+    """The recent tokens among the k: `local` of them, 0: a quarter of k, at least the current token."""
+    return min(k, local or max(1, k // 4))
+
+
 @dataclass(frozen=True)
 class SparqCosts(PolicyCosts):
     """r channels of all K rank the tokens, k tokens are attended, the rest is v-bar (SparQ, ICML 2024).
@@ -218,12 +231,11 @@ class SparqCosts(PolicyCosts):
 
     def k(self, context: int) -> int:
         """Tokens attended at this context."""
-        return min(context, self.tokens or max(self.local, ceil(context * self.ratio)))
+        return attended(context, self.ratio, self.local, self.tokens)
 
     def window(self, context: int) -> int:
         """Recent tokens that are among the k whatever their scores."""
-        k = self.k(context)
-        return min(k, self.local or max(1, k // 4))
+        return always_recent(self.k(context), self.local)
 
     @property
     def append_bytes(self) -> int:

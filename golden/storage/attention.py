@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from math import isqrt
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from golden.spec import KVStrataError
@@ -43,6 +44,7 @@ from golden.storage.fp import (
     to_fp16,
     tree,
 )
+from golden.storage.topk import argtopk
 
 _T = np.array(EXP2_TABLE, np.int64)
 
@@ -179,8 +181,7 @@ def channel_keys(q: F16) -> I64:
 
 def largest(keys: I64, count: int) -> I64:
     """Indices of the `count` largest keys, the lower index first among equals; ascending."""
-    order = np.lexsort((np.arange(len(keys)), -keys))
-    return np.sort(order[:count])
+    return argtopk(torch.from_numpy(keys), count).numpy()
 
 
 def approximate_scale(q: F16, channels: I64) -> tuple[I64, I64]:
@@ -233,8 +234,7 @@ def sparf(q: F16, k: F16, v: F16, vbar: F16, *, r: int, top: int, window: int) -
     channels = largest(channel_keys(q), r)
     z, p, m, state = _approximate(q, k, channels)
     keys = z.sum(1)
-    chosen = largest(keys[: tokens - window], top - window)
-    chosen = np.concatenate([chosen, np.arange(tokens - window, tokens)])
+    chosen = argtopk(torch.from_numpy(keys), top, window=window).numpy()
     weights = (p[chosen] << L_EXTRA_FRAC) >> np.minimum(state.maximum - m[chosen], 63)
     rl, n = reciprocal(state.sum)
     alpha = ((weights.sum(0) >> (n - 24)) * rl + (1 << 23)) >> 24

@@ -8,6 +8,7 @@ over its quantised cache, the tokens between in the drive, partials merged by lo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +22,7 @@ from golden.loaders.checkpoint import Checkpoint
 from golden.ops import KVCodes
 from golden.spec import KVStrataError
 from golden.spec.formats import KV_FORMATS, L_EXTRA_FRAC, P_FRAC
-from golden.spec.policies import Selection
+from golden.spec.policies import Selection, always_recent, attended
 from golden.storage.attention import Softmax, exact, mean_value, sparf
 from golden.storage.fp import F16, to_fp16
 
@@ -49,8 +50,8 @@ class Sparsity:
 
     def at(self, tokens: int) -> SparfSize:
         """For a context of `tokens` tokens."""
-        k = min(tokens, max(self.window, -(-tokens // self.ratio)))
-        return SparfSize(self.r, k, min(k, self.window or max(1, k // 4)))
+        k = attended(tokens, Fraction(1, self.ratio), self.window)
+        return SparfSize(self.r, k, always_recent(k, self.window))
 
 
 @dataclass(frozen=True)

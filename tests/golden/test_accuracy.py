@@ -10,10 +10,11 @@ from golden.accuracy import (
     Bench,
     Results,
     Row,
+    check_exact,
+    decoder_class,
     drive_sparsity,
     exact_window,
     grid,
-    in_drive,
     measure_rows,
     missing,
     parse_policy,
@@ -21,9 +22,11 @@ from golden.accuracy import (
 )
 from golden.accuracy_page import page, pareto_front, pareto_plot, table
 from golden.compression import Recipe
+from golden.exact_decoder import ExactDecoder
 from golden.float_decoder import FloatDecoder
 from golden.policies import Sparq
 from golden.spec import KVStrataError
+from golden.storage.decoder import StorageDecoder
 from sw_stack.cli import main
 
 RESULT = {"name": "float float float dense (float)", "context": 1024, "level": "float", "weights": "float",
@@ -100,8 +103,11 @@ def test_every_row_of_the_grid_is_legal_and_its_own(smollm2):
     assert len({r.key(smollm2, "t") for r in every}) == len(every)
     for row in every:
         parse_policy(row.policy, 64, 3)
-        if row.level == "exact":
-            (drive_sparsity if in_drive(row) else exact_window)(row.policy)
+        check_exact(row)
+        if decoder_class(row) is StorageDecoder:
+            drive_sparsity(row.policy)
+        elif decoder_class(row) is ExactDecoder:
+            exact_window(row.policy)
     assert {r.context for r in every} == {256, 1024, 2048, 4096, 8192}
 
 
@@ -128,11 +134,11 @@ def test_impossible_rows_are_named(short, smollm2, tmp_path):
     bench = Bench(smollm2, tmp_path)
     with pytest.raises(KVStrataError, match="a context must be 25 to 299 tokens, got 300"):
         bench.windows(300)
-    with pytest.raises(
-        KVStrataError, match="the exact level computes with a8 and kv4, kv8 or .in the drive. float"
-    ):
-        bench.decoder(Row(48, "exact", Recipe("w4"), "a8", "kivi4"))
-    with pytest.raises(KVStrataError, match="the exact level attends densely or by lambda-limit"):
+    with pytest.raises(KVStrataError, match="the exact level computes with a8 and a KV format of float, kv8"):
+        bench.decoder(Row(48, "exact", Recipe("w4"), "a8", "kv3"))
+    with pytest.raises(KVStrataError, match="a K offset goes with dense attention at the exact level"):
+        bench.decoder(Row(48, "exact", Recipe("w4"), "a8", "kv4-centred", "sparq:16,0.125"))
+    with pytest.raises(KVStrataError, match="the engine attends densely or by lambda-limit"):
         exact_window("sparq:16,0.125")
     with pytest.raises(KVStrataError, match="in-storage unit attends densely or by sparf:r,share, got sparq"):
         drive_sparsity("sparq:16,0.125")

@@ -159,7 +159,7 @@ def test_attention_corners():
 
 
 def test_bad_input_is_named():
-    with pytest.raises(KVStrataError, match=r"KV codes must have \[4, 8\] bits, got 3\."):
+    with pytest.raises(KVStrataError, match=r"KV codes must have \[2, 4, 8\] bits, got 3\."):
         ops.quantise_kv(tensor([1, 2]), 3)
     kv = ops.quantise_kv(torch.ones(2, 4, 16, dtype=torch.int64), 4)
     with pytest.raises(KVStrataError, match="query heads must be a multiple of KV heads, got 3 and 2"):

@@ -138,7 +138,7 @@ def cover(case: Case) -> None:
         ("negative", min(values) < 0),
     ):
         COVERED[op, "operand", name] += hit
-    for field in ("bits", "factor", "rectify", "sinks", "vec_group"):
+    for field in ("bits", "factor", "rectify", "sinks", "export", "vec_group"):
         if field in case.fields:
             COVERED[op, field, case.fields[field] if field == "bits" else bool(case.fields[field])] += 1
 
@@ -150,7 +150,7 @@ BINS = [
     *((op.name, "b", n) for op in (Op.NORM, Op.ROPE, Op.GATE, Op.ADD) for n in ("shared", "own")),
     *(("KVQUANT", "bits", n) for n in (4, 8)),
     *(("QUANT", field, n) for field in ("factor", "rectify") for n in (False, True)),
-    *(("SOFTMAX", "sinks", n) for n in (False, True)),
+    *(("SOFTMAX", field, n) for field in ("sinks", "export") for n in (False, True)),
 ]
 
 

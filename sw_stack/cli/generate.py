@@ -10,6 +10,10 @@ POLICIES = ("dense", "lambda")
 
 def command(
     prompt: Annotated[str, typer.Option(help="what to ask")],
+    also: Annotated[
+        list[str] | None,
+        typer.Option(help="another prompt of the same batch on a device's engine; repeat for more"),
+    ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="tokens to write at most")] = 32,
     level: Annotated[str, typer.Option(help="float, or exact: the engine's integer arithmetic")] = "exact",
     weights: Annotated[str, typer.Option(help="weight format of the exact level: w8, w4, w2, w2s24")] = "w4",
@@ -66,7 +70,11 @@ def command(
     from sw_stack.chain.language import check_prompt
     from sw_stack.cli.output import console, note, show_json
 
-    check_prompt(prompt)
+    prompts = [prompt, *(also or [])]
+    for one in prompts:
+        check_prompt(one)
+    if also and device is None:
+        raise KVStrataError(f"a batch runs on a device; got {len(prompts)} prompts and none")
     if policy not in POLICIES:
         raise KVStrataError(f"a policy is one of {', '.join(POLICIES)}; got {policy!r}")
     kept = LambdaWindow(sinks, window) if policy == "lambda" else None
@@ -75,27 +83,37 @@ def command(
         raise KVStrataError(f"generating text needs a tokenizer, and {model} holds none")
     if device is not None:
         from golden.storage.decoder import Sparsity, Split
-        from sw_stack.runtime.generate import on_device
+        from sw_stack.runtime.generate import batch_on_device, on_device
         from sw_stack.runtime.machine import Setup
 
         sparsity = Sparsity(ratio=sparse) if sparse else None
         split = Split(sinks, window)
-        setup = Setup(engine, device, placement, weights, kv, context, sparsity, split, kept, memory)
+        setup = Setup(
+            engine, device, placement, weights, kv, context, sparsity, split, kept, memory, len(prompts)
+        )
         with console.status("starting") as status:
-            run = on_device(checkpoint, setup, prompt, tokens, status.update, not raw, image)
+            if also:
+                runs = batch_on_device(checkpoint, setup, prompts, tokens, status.update, not raw, image)
+            else:
+                runs = [on_device(checkpoint, setup, prompt, tokens, status.update, not raw, image)]
             if check:
-                golden = on_device(
-                    checkpoint, replace(setup, device="golden"), prompt, tokens, status.update, not raw, image
-                )
-                run.require_equal(golden)
-        result = {**run.to_json(), "equal_to_golden": check or None}
+                # What a batch wrote is what each prompt alone gets, from an image without a batch's caches.
+                alone = replace(setup, device="golden", sequences=1)
+                given = None if also else image
+                for run in runs:
+                    run.require_equal(
+                        on_device(checkpoint, alone, run.prompt, tokens, status.update, not raw, given)
+                    )
+        results = [{**run.to_json(), "equal_to_golden": check or None} for run in runs]
+        result = {"batch": results} if also else results[0]
         if save is not None:
             write_atomically(save, json.dumps(result, indent=1) + "\n")
         if as_json:
             show_json(result)
             return
-        typer.echo(run.text)
-        note(run.summary() + ("; equal to golden in all tokens and logits" if check else ""))
+        for run in runs:
+            typer.echo(run.text)
+            note(run.summary() + ("; equal to golden in all tokens and logits" if check else ""))
         return
     decoder = build(checkpoint, level, weights, kv, kept)
     ids = checkpoint.tokenizer.encode(prompt if raw else checkpoint.tokenizer.chat(prompt))

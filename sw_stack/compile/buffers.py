@@ -128,13 +128,14 @@ class Buffers:
         self.far_scale = table.block("scales of queries to sinks", 1, far_queries)
 
 
-def logits_block(engine: EngineConfig, start: int, stop: int, rows: int) -> Block:
-    """Room for logits in VB words [start, stop): whole row blocks, as many as fit and are needed."""
+def logits_block(engine: EngineConfig, start: int, room: int, rows: int, vectors: int = 1) -> Block:
+    """Places for logits of `vectors` vectors from VB word `start` on, `room` words each: whole row blocks, as many as
+    fit and are needed."""
     block_words = engine.lanes // engine.vector_lanes
-    fit = min((stop - start) // block_words, -(-rows // engine.lanes))
+    fit = min(room // block_words, -(-rows // engine.lanes))
     if fit < 1:
-        raise KVStrataError(f"logits need {block_words} words of the vb buffer; got {max(0, stop - start)}")
-    return Block("vb", start, fit * block_words, 1)
+        raise KVStrataError(f"logits need {block_words} words of the vb buffer; got {max(0, room)}")
+    return Block("vb", start, fit * block_words, vectors)
 
 
 def attention_tokens(memory_map: MemoryMap, tokens: int) -> int:

@@ -63,12 +63,17 @@ class Layers:
 class Emitter:
     """Shared state of one program: map, places, builder."""
 
-    def __init__(self, memory_map: MemoryMap, norms: Exponents, tokens: int, sinks: bool = False) -> None:
+    def __init__(
+        self, memory_map: MemoryMap, norms: Exponents, tokens: int, sinks: bool = False, together: int = 0
+    ) -> None:
         self.map, self.norms, self.tokens, self.sinks = memory_map, norms, tokens, sinks
+        self.sequence, self.rows = 0, range(tokens)
+        """Whose cache attention uses, and the vectors that attend."""
         self.model, self.engine = memory_map.model, memory_map.engine
         self.lanes = memory_map.engine.vector_lanes
         self.head_words = self.model.head_size // self.lanes
-        self.attention_tokens = attention_tokens(memory_map, tokens)
+        fit = attention_tokens(memory_map, tokens)
+        self.attention_tokens = min(together or fit, fit)
         self.at = Buffers(memory_map, tokens, self.attention_tokens)
         self.builder = Builder()
         self.score_scale = ScoreScale.of(self.model.head_size)
@@ -385,7 +390,7 @@ class Emitter:
         if not self.model.rotates:
             return
         rope, offset, words = rows or self.at.rope, first * self.head_words, heads * self.head_words
-        for t in range(self.tokens):
+        for t in self.rows:
             at, to = source.at(t, offset=offset), target.at(t, offset=offset)
             self.builder.emit(
                 Op.ROPE, f"{name} rope of token {t}", [Span("vb", at, at + words), rope.span(first=t, count=1)],
@@ -418,7 +423,7 @@ class Emitter:
         self.builder.emit(
             Op.READ, f"layer {layer} V scales", [Span(f"scales{layer}", heads.start, heads.stop)],
             [block.span(first=heads.start, count=len(heads))],
-            addr=self.map.value_scales(layer, heads.start), count=0, count_reg=R.SCALE_WORDS,
+            addr=self.map.value_scales(layer, heads.start, self.sequence), count=0, count_reg=R.SCALE_WORDS,
             vectors=len(heads), stride=self.map.regions["value_scales"].stride, dst=block.at(heads.start),
             dst_stride=block.words,
         )  # fmt: skip
@@ -437,26 +442,29 @@ class Emitter:
         if kind == "k":
             self.builder.emit(
                 Op.APPEND_K, note, writes=[self._kv_span(layer, "k", head)],
-                addr=0, addr_reg=R.POSITION, count=self.tokens, bits=layout.bits, head_size=size,
-                base=self.map.key_base(layer, head) + (0 if sink else self.map.sink_key_words),
+                addr=0, addr_reg=R.POSITION, count=len(self.rows), bits=layout.bits, head_size=size,
+                base=self.map.key_base(layer, head, self.sequence) + (0 if sink else self.map.sink_key_words),
             )  # fmt: skip
             return
         group, place = divmod(head, layout.heads_per_block)
         self.builder.emit(
             Op.APPEND_V, note, writes=[self._kv_span(layer, "v", group), Span(f"scales{layer}", head, head + 1)],
-            addr=0 if sink else self.map.sink_slots, addr_reg=R.POSITION, count=self.tokens, bits=layout.bits,
-            head_size=size, base=self.map.value_base(layer, group), block_words=layout.value_block_words,
-            row=place * size, scale_base=self.map.value_scales(layer, head),
+            addr=0 if sink else self.map.sink_slots, addr_reg=R.POSITION, count=len(self.rows), bits=layout.bits,
+            head_size=size, base=self.map.value_base(layer, group, self.sequence),
+            block_words=layout.value_block_words, row=place * size,
+            scale_base=self.map.value_scales(layer, head, self.sequence),
         )  # fmt: skip
 
     def _kv_span(self, layer: int, kind: str, index: int) -> Span:
         return Span(f"{kind}{layer}", index, index + 1)
 
-    def _kv_quantise(self, layer: int, kind: str, block: Block, head: int, vectors: int, stride: int) -> None:
-        """`vectors` vectors from a head of the first token on, `stride` words apart, into the append stream."""
+    def _kv_quantise(
+        self, layer: int, kind: str, block: Block, head: int, vectors: int, stride: int, token: int = 0
+    ) -> None:
+        """`vectors` vectors from a head of one token on, `stride` words apart, into the append stream."""
         self.builder.emit(
             Op.KVQUANT, f"layer {layer} quantise {kind}", [block.span()],
-            addr=block.at(offset=head * self.head_words), stride=stride, count=self.model.head_size,
+            addr=block.at(token, offset=head * self.head_words), stride=stride, count=self.model.head_size,
             vectors=vectors, bits=self.map.kv_layout.bits,
         )  # fmt: skip
 
@@ -523,7 +531,8 @@ class Emitter:
             self._sink_keys(layer, head)
         self.builder.emit(
             Op.LOAD, f"{note} from cache", [self._kv_span(layer, "k", head)],
-            addr=self.map.key_base(layer, head) + self.map.sink_key_words, count=0, count_reg=R.KEY_WORDS, runs=1,
+            addr=self.map.key_base(layer, head, self.sequence) + self.map.sink_key_words, count=0,
+            count_reg=R.KEY_WORDS, runs=1,
         )  # fmt: skip
         self.builder.emit(
             Op.MATRIX, note, [q8.span(buffer, first, vectors), scale.span(0, first, vectors)], [scores.span(head)],
@@ -587,7 +596,7 @@ class Emitter:
         dst, stride, out = self._value_destination(block, heads, first, count)
         self.builder.emit(
             Op.LOAD, f"{note} from cache", [self._kv_span(layer, "v", block)],
-            addr=self.map.value_base(layer, block), count=0, count_reg=R.VALUE_WORDS,
+            addr=self.map.value_base(layer, block, self.sequence), count=0, count_reg=R.VALUE_WORDS,
             runs=layout.value_blocks, stride=layout.value_block_words,
         )  # fmt: skip
         self.builder.emit(
@@ -636,19 +645,20 @@ def _stream_fields(stream: StreamFormat) -> dict[str, int]:
     }
 
 
-def head_program(memory_map: MemoryMap, norms: Exponents, tokens: int) -> list[Instruction]:
-    """Final norm and LM head of one row (LAST_ROW) of the residual stream that a pass of up to `tokens` left."""
+def head_program(memory_map: MemoryMap, norms: Exponents, tokens: int, rows: int = 1) -> list[Instruction]:
+    """Final norm and LM head of `rows` rows, from LAST_ROW on, of the residual stream that a pass of `tokens` left."""
     model, engine = memory_map.model, memory_map.engine
     hidden = memory_map.row_words(model.hidden)
     matrix = memory_map.matrices["head"]
     builder = Builder()
     x = Block("vb", 0, hidden, tokens)
-    normed = Block("vb", tokens * hidden, hidden, 1)
+    normed = Block("vb", tokens * hidden, hidden, rows)
     weight = Block("vb", engine.vb_words - hidden, hidden, 1)
     bias = Block("vb", engine.vb_words - 2 * hidden, hidden, 1)
-    logits = logits_block(engine, (tokens + 1) * hidden, bias.base, matrix.rows)
-    a8 = Block("act", 0, -(-model.hidden // 64), 1)
-    table = Span("table", 0, 1)
+    room = (bias if model.biases else weight).base - normed.span().stop
+    logits = logits_block(engine, normed.span().stop, room // rows, matrix.rows, rows)
+    a8 = Block("act", 0, -(-model.hidden // 64), rows)
+    table = Span("table", 0, rows)
     final = 2 * model.layers
     builder.emit(
         Op.READ, "final norm weight", writes=[weight.span()],
@@ -658,8 +668,8 @@ def head_program(memory_map: MemoryMap, norms: Exponents, tokens: int) -> list[I
     exponent, epsilon = norms[final]
     builder.emit(
         Op.NORM, "final norm", [x.span(), weight.span()], [normed.span()], addr=x.base, addr_reg=R.LAST_ROW,
-        addr_b=weight.base, count=model.hidden, vectors=1, dst=normed.base, exponent=exponent & EXPONENT_MASK,
-        epsilon=epsilon,
+        addr_b=weight.base, count=model.hidden, vectors=rows, stride=hidden, dst=normed.base, dst_stride=hidden,
+        exponent=exponent & EXPONENT_MASK, epsilon=epsilon,
     )  # fmt: skip
     if model.biases:
         builder.emit(
@@ -667,12 +677,12 @@ def head_program(memory_map: MemoryMap, norms: Exponents, tokens: int) -> list[I
             count=model.hidden // engine.vector_lanes, vectors=1, dst=bias.base,
         )  # fmt: skip
         builder.emit(
-            Op.ADD, "final norm bias", [normed.span(), bias.span()], [normed.span()], addr=normed.base,
-            addr_b=bias.base, count=model.hidden, vectors=1, dst=normed.base,
+            Op.ADD, "final norm bias", [normed.span(), bias.span()], [normed.span()], addr=normed.base, stride=hidden,
+            addr_b=bias.base, count=model.hidden, vectors=rows, dst=normed.base, dst_stride=hidden,
         )  # fmt: skip
     builder.emit(
         Op.QUANT, "head input", [normed.span()], [a8.span(), table], addr=normed.base, count=model.hidden,
-        vectors=1, fresh=1, dst=a8.base,
+        vectors=rows, stride=hidden, fresh=1, dst=a8.base, dst_stride=a8.words * GROUPS_PER_WORD,
     )  # fmt: skip
     block_words = engine.lanes // engine.vector_lanes
     total = -(-matrix.rows // engine.lanes)
@@ -683,21 +693,27 @@ def head_program(memory_map: MemoryMap, norms: Exponents, tokens: int) -> list[I
     ring = min(held // piece, HEAD_RING)
     for start in range(0, total, piece):
         count = min(piece, total - start)
-        rows = min(matrix.rows - start * engine.lanes, count * engine.lanes)
+        width = min(matrix.rows - start * engine.lanes, count * engine.lanes)
         # Pieces go round the buffer, so that one is written out while the next is computed.
-        dst = logits.base + start // piece % ring * piece * block_words
-        out = Span("vb", dst, dst + count * block_words)
+        offset = start // piece % ring * piece * block_words
+        dst = logits.at(offset=offset)
+        out = [
+            Span("vb", at, at + count * block_words)
+            for at in (logits.at(r, offset=offset) for r in range(rows))
+        ]
         builder.emit(
             Op.LOAD, "head weights", addr=matrix.base + start * per_block, count=count * per_block, runs=1
         )
         builder.emit(
-            Op.MATRIX, "head", [a8.span(), table], [out], **_stream_fields(matrix.stream),
-            count=count, steps=matrix.inner // matrix.stream.codes.step, vectors=1, addr=a8.base, dst=dst,
+            Op.MATRIX, "head", [a8.span(), table], out, **_stream_fields(matrix.stream),
+            count=count, steps=matrix.inner // matrix.stream.codes.step, vectors=rows, addr=a8.base, stride=a8.words,
+            dst=dst, dst_stride=logits.words,
         )  # fmt: skip
         builder.emit(
-            Op.WRITE, "logits", [out], [Span("logits", start, start + count)],
+            Op.WRITE, "logits", out, [Span("logits", start, start + count)],
             addr=memory_map.regions["logits"].base + 4 * start * engine.lanes,
-            count=-(-rows // engine.vector_lanes), vectors=1, dst=dst,
+            count=-(-width // engine.vector_lanes), vectors=rows, stride=memory_map.regions["logits"].stride,
+            dst=dst, dst_stride=logits.words,
         )  # fmt: skip
     return builder.finish()
 
@@ -738,7 +754,7 @@ def _cut(
             begin(emitter, i)
         streams[f"{name}{i}"] = (tokens, emitter.builder.finish())
     streams["head"] = (0, head_program(memory_map, norms, tokens))
-    return _placed(memory_map, streams, tokens)
+    return placed(memory_map, streams, tokens)
 
 
 def compile_split(memory_map: MemoryMap, norms: Exponents, tokens: int = 1) -> Programs:
@@ -758,8 +774,9 @@ def compile_shares(memory_map: MemoryMap, norms: Exponents) -> Programs:
 
 
 def check_fits(memory_map: MemoryMap) -> None:
-    """KVStrataError when not even one token at a time fits the chip's buffers: to know before a model is packed."""
-    Emitter(memory_map, (), 1)
+    """KVStrataError when not even one token at a time, of a batch one of each sequence, fits the chip's buffers: to
+    know before a model is packed."""
+    Emitter(memory_map, (), memory_map.sequences, together=int(memory_map.sequences > 1))
 
 
 def _compile_ring(memory_map: MemoryMap, norms: Exponents) -> Programs:
@@ -768,7 +785,7 @@ def _compile_ring(memory_map: MemoryMap, norms: Exponents) -> Programs:
     if memory_map.sink_slots:
         streams["sinks"] = (1, Layers(memory_map, norms, 1, sinks=True).build())
     streams["head"] = (0, head_program(memory_map, norms, 1))
-    return _placed(memory_map, streams, 1)
+    return placed(memory_map, streams, 1)
 
 
 def compile_model(memory_map: MemoryMap, norms: Exponents, chunk: int | None = None) -> Programs:
@@ -791,14 +808,14 @@ def compile_model(memory_map: MemoryMap, norms: Exponents, chunk: int | None = N
             if tokens > 1:
                 streams["prefill"] = (tokens, Layers(memory_map, norms, tokens).build())
             streams["head"] = (0, head_program(memory_map, norms, tokens))
-            return _placed(memory_map, streams, tokens)
+            return placed(memory_map, streams, tokens)
         except KVStrataError as refused:
             error = refused
     assert error is not None
     raise error
 
 
-def _placed(memory_map: MemoryMap, streams: dict[str, tuple[int, list[Instruction]]], chunk: int) -> Programs:
+def placed(memory_map: MemoryMap, streams: dict[str, tuple[int, list[Instruction]]], chunk: int) -> Programs:
     programs: dict[str, Program] = {}
     base = memory_map.regions["program"].base
     for name, (tokens, instructions) in streams.items():

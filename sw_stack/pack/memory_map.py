@@ -84,6 +84,8 @@ class MemoryMap:
     kv: str
     context: int
     ring: KVRing | None = None
+    sequences: int = 1
+    """Sequences of a batch, each with a KV cache of its own; 1: no batch."""
 
     def __post_init__(self) -> None:
         for value, known, what in (
@@ -95,6 +97,11 @@ class MemoryMap:
         if not 1 <= self.context <= self.model.context:
             raise KVStrataError(
                 f"the context must be 1 to the model's {self.model.context} tokens; got {self.context}"
+            )
+        most = min(self.engine.tokens, CHUNK_TOKENS)
+        if not 1 <= self.sequences <= (1 if self.ring else most):
+            raise KVStrataError(
+                f"a batch has 1 to {most} sequences on {self.engine.name}, and 1 over a ring; got {self.sequences}"
             )
         if self.model.norm != "rms":
             raise KVStrataError(
@@ -200,19 +207,23 @@ class MemoryMap:
         layout = self.kv_layout
         return self.model.kv_heads * self.key_words + self.value_groups * layout.value_words
 
-    def key_base(self, layer: int, head: int) -> int:
+    def key_base(self, layer: int, head: int, sequence: int = 0) -> int:
         """Channel word of the keys of one KV head."""
-        return self.weight_words + layer * self.layer_kv_words + head * self.key_words
+        return self._kv_base(layer, sequence) + head * self.key_words
 
-    def value_base(self, layer: int, group: int) -> int:
+    def value_base(self, layer: int, group: int, sequence: int = 0) -> int:
         """Channel word of the values of one group of KV heads."""
         keys = self.model.kv_heads * self.key_words
-        return self.weight_words + layer * self.layer_kv_words + keys + group * self.kv_layout.value_words
+        return self._kv_base(layer, sequence) + keys + group * self.kv_layout.value_words
+
+    def _kv_base(self, layer: int, sequence: int) -> int:
+        """One sequence's cache lies behind the other's, layer by layer."""
+        return self.weight_words + (sequence * self.model.layers + layer) * self.layer_kv_words
 
     @property
     def channel_words(self) -> int:
-        """Words of each channel's image, KV cache included."""
-        return self.weight_words + self.model.layers * self.layer_kv_words
+        """Words of each channel's image, KV caches included."""
+        return self.weight_words + self.sequences * self.model.layers * self.layer_kv_words
 
     # --- auxiliary memory
     @property
@@ -230,12 +241,12 @@ class MemoryMap:
             *((f"{name}_bias", 4 * width, count) for name, width, count in self._biases()),
             ("zeros", 4 * m.group * m.head_size, 1),
             *((("rope", 4 * m.head_size, self.rope_rows),) if m.rotates else ()),
-            ("value_scales", 4 * self.slots, m.layers * m.kv_heads),
+            ("value_scales", 4 * self.slots, self.sequences * m.layers * m.kv_heads),
             ("input", 4 * m.hidden, CHUNK_TOKENS),
             ("qkv", 4 * (m.heads + 2 * m.kv_heads) * m.head_size, CHUNK_TOKENS),
             ("mixed", 4 * m.heads * m.head_size, CHUNK_TOKENS),
             *((("states", self.vb_word_bytes, m.heads),) if self.ring and not self.ring.limit else ()),
-            ("logits", 4 * m.vocab, 1),
+            ("logits", 4 * m.vocab, self.sequences),
         )
         found: dict[str, Region] = {}
         base = 0
@@ -259,9 +270,10 @@ class MemoryMap:
         """Size of the auxiliary image."""
         return -(-self.regions["logits"].end // PAGE_BYTES) * PAGE_BYTES
 
-    def value_scales(self, layer: int, head: int) -> int:
+    def value_scales(self, layer: int, head: int, sequence: int = 0) -> int:
         """Auxiliary address of slot 0's V scale record of one KV head."""
-        return self.regions["value_scales"].at(layer * self.model.kv_heads + head)
+        row = (sequence * self.model.layers + layer) * self.model.kv_heads + head
+        return self.regions["value_scales"].at(row)
 
     def row_words(self, rows: int) -> int:
         """VB words of a product of `rows` rows: whole row blocks, because the array drains those."""
@@ -278,6 +290,7 @@ class MemoryMap:
             "kv": self.kv,
             "context": self.context,
             "ring": asdict(self.ring) if self.ring else None,
+            "sequences": self.sequences,
         }
 
     @classmethod
@@ -291,7 +304,8 @@ class MemoryMap:
             model = DecoderConfig(**stored["model"])  # type: ignore[arg-type]
             engine = EngineConfig(**stored["engine"])  # type: ignore[arg-type]
             ring = KVRing(**stored["ring"]) if stored.get("ring") else None  # type: ignore[arg-type]
-            return cls(model, engine, stored["weights"], stored["kv"], stored["context"], ring)  # type: ignore[arg-type]
+            sizes = (stored["weights"], stored["kv"], stored["context"])
+            return cls(model, engine, *sizes, ring, stored["sequences"])  # type: ignore[arg-type]
         except (KeyError, TypeError, ValueError) as error:
             raise KVStrataError(
                 f"a manifest describes a model and an engine; got {json.dumps(stored)[:120]}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from golden.loaders.checkpoint import Checkpoint
 from golden.ops import argmax_lowest
 from golden.spec import KVStrataError
+from sw_stack.runtime.batch import BatchSession
 from sw_stack.runtime.machine import Setup, open_session
 from sw_stack.runtime.session import Session
 
@@ -83,6 +84,15 @@ def on_device(
 
     KVStrataError when it does not fit.
     """
+    ids = _encoded(checkpoint, setup, prompt, new_tokens, chat)
+    session = open_session(checkpoint, setup, progress, image)
+    try:
+        return _decode(session, checkpoint, setup, prompt, chat, ids, new_tokens, progress)
+    finally:
+        session.device.close()
+
+
+def _encoded(checkpoint: Checkpoint, setup: Setup, prompt: str, new_tokens: int, chat: bool) -> list[int]:
     if checkpoint.tokenizer is None:
         raise KVStrataError("generating text needs a tokenizer; the checkpoint holds none")
     ids = checkpoint.tokenizer.encode(checkpoint.tokenizer.chat(prompt) if chat else prompt)
@@ -90,11 +100,69 @@ def on_device(
         raise KVStrataError(
             f"prompt and answer must fit the context of {setup.context} tokens; got {len(ids)} and {new_tokens}"
         )
+    return ids
+
+
+def batch_on_device(
+    checkpoint: Checkpoint,
+    setup: Setup,
+    prompts: Sequence[str],
+    new_tokens: int,
+    progress: Callable[[str], None] = lambda _: None,
+    chat: bool = True,
+    image: Path | None = None,
+) -> list[DeviceRun]:
+    """Answer several prompts as one batch (`setup.sequences` of them), each as `on_device` answers it alone.
+
+    Times and cycles are those of the batch: a step serves every sequence that still writes. KVStrataError when a
+    prompt does not fit.
+    """
+    ids = [_encoded(checkpoint, setup, prompt, new_tokens, chat) for prompt in prompts]
     session = open_session(checkpoint, setup, progress, image)
+    assert isinstance(session, BatchSession)
     try:
-        return _decode(session, checkpoint, setup, prompt, chat, ids, new_tokens, progress)
+        return _decode_batch(session, checkpoint, setup, prompts, chat, ids, new_tokens, progress)
     finally:
         session.device.close()
+
+
+def _decode_batch(
+    session: BatchSession,
+    checkpoint: Checkpoint,
+    setup: Setup,
+    prompts: Sequence[str],
+    chat: bool,
+    ids: list[list[int]],
+    new_tokens: int,
+    progress: Callable[[str], None],
+) -> list[DeviceRun]:
+    assert checkpoint.tokenizer is not None
+    progress(f"prompts of {', '.join(str(len(i)) for i in ids)} tokens")
+    rows: list[list[torch.Tensor]] = [[] for _ in ids]
+    tokens: list[list[int]] = [[] for _ in ids]
+    cycles: list[list[int]] = [[] for _ in ids]
+    start = time.perf_counter()
+    step, prefilled, prefill_cycles = ids, start, 0
+    while any(step):
+        before = session.cycles
+        for s, logits in enumerate(session.forward_batch(step)):
+            if logits is not None:
+                rows[s].append(logits)
+                cycles[s].append(session.cycles - before)
+                tokens[s].append(int(argmax_lowest(logits)))
+        if step is ids:
+            prefilled, prefill_cycles = time.perf_counter(), session.cycles
+        going = [len(t) < new_tokens and t[-1] != checkpoint.tokenizer.eos_id for t in tokens]
+        step = [t[-1:] if more else [] for t, more in zip(tokens, going)]
+        progress(f"{max(map(len, tokens))}/{new_tokens} tokens")
+    seconds = prefilled - start, time.perf_counter() - prefilled
+    return [
+        DeviceRun(
+            setup, prompt, chat, len(ids[s]), tokens[s], checkpoint.tokenizer.decode(tokens[s]), *seconds,
+            prefill_cycles, cycles[s][1:], torch.stack(rows[s]),
+        )
+        for s, prompt in enumerate(prompts)
+    ]  # fmt: skip
 
 
 def _decode(

@@ -18,6 +18,7 @@ from golden.spec.formats import W8
 from golden.spec.memory import MemoryModel
 from golden.storage.decoder import Sparsity, Split
 from hw.flow.cache import build_dir, content_key
+from sw_stack.compile.batch import compile_batch
 from sw_stack.compile.decoder import Programs, check_fits, compile_model, compile_shares, compile_split
 from sw_stack.device.golden import GoldenDevice
 from sw_stack.device.protocol import EngineDevice
@@ -28,6 +29,7 @@ from sw_stack.drive.shape import TaskShape
 from sw_stack.pack.image import Image, pack_checkpoint
 from sw_stack.pack.memory_map import MemoryMap
 from sw_stack.pack.ring import KVRing
+from sw_stack.runtime.batch import BatchSession
 from sw_stack.runtime.placement import PLACEMENTS, InStorage, WindowAndStorage
 from sw_stack.runtime.session import Session, SharedSession, SplitSession
 
@@ -53,9 +55,16 @@ class Setup:
     """Lambda attention on the engine; None: dense."""
     memory: str = "hbm"
     """Memory of a device with time: hbm, random (up to 120 cycles, one transfer in five idle), or a fixed latency."""
+    sequences: int = 1
+    """Sequences that go through the engine together."""
 
     def __post_init__(self) -> None:
         memory_model(self.memory)
+        if self.sequences > 1 and (self.placement != "engine" or self.window):
+            raise KVStrataError(
+                f"a batch needs placement engine and dense attention; got {self.sequences} sequences with placement "
+                f"{self.placement!r}"
+            )
         for value, known, what in (
             (self.engine, ENGINE_CONFIGS, "an engine"),
             (self.device, DEVICES, "a device"),
@@ -87,7 +96,7 @@ def memory_map(checkpoint: Checkpoint, setup: Setup) -> MemoryMap:
     if setup.placement == "engine+csd":
         ring = KVRing.of_split(setup.split)
     model, engine = replace(checkpoint.config, norm="rms"), ENGINE_CONFIGS[setup.engine]
-    return MemoryMap(model, engine, setup.weights, setup.kv, context, ring)
+    return MemoryMap(model, engine, setup.weights, setup.kv, context, ring, setup.sequences)
 
 
 def cached_image(
@@ -119,8 +128,10 @@ def given_image(directory: Path, checkpoint: Checkpoint, wanted: MemoryMap) -> I
 
 
 def programs(image: Image, setup: Setup) -> Programs:
-    """Compiled for the placement."""
+    """Compiled for the placement, or for a batch."""
     build = {"engine": compile_model, "csd": compile_split, "engine+csd": compile_shares}[setup.placement]
+    if setup.sequences > 1:
+        build = compile_batch
     return build(image.map, image.norm_exponents)
 
 
@@ -166,7 +177,8 @@ def open_session(
     progress: Callable[[str], None] = lambda _: None,
     directory: Path | None = None,
 ) -> Session:
-    """A new sequence, ready for its first tokens, on the images of a `directory` (none: packed where needed).
+    """A new sequence (of a setup with several a `BatchSession`), ready for its first tokens, on the images of a
+    `directory` (none: packed where needed).
 
     KVStrataError when the directory holds images of another model or for another setup.
     """
@@ -185,6 +197,8 @@ def open_session(
     device = open_device(image, setup)
     embedding = engine_weight(checkpoint, "embed", fitting_group(W8, checkpoint.config.hidden))
     positions = None if checkpoint.config.rotates else ops.to_q16(checkpoint.float32("positions"))
+    if setup.sequences > 1:
+        return BatchSession(device, compiled, embedding, positions)
     if setup.placement == "engine":
         return Session(device, compiled, embedding, positions)
     driver = open_drive_for(checkpoint, setup)

@@ -80,7 +80,10 @@ class Session:
     def _write_rows(self, region: str, rows: torch.Tensor) -> None:
         place = self.programs.map.regions[region]
         for index, row in enumerate(rows):
-            self.device.write_aux(place.at(index), row.numpy().astype("<i4").view(np.uint8))
+            self._write_row(place.at(index), row)
+
+    def _write_row(self, address: int, row: torch.Tensor) -> None:
+        self.device.write_aux(address, row.numpy().astype("<i4").view(np.uint8))
 
     def _run(self, name: str, tokens: int) -> None:
         start = self.length if name != "head" else self.length - tokens

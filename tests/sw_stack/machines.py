@@ -13,12 +13,14 @@ from golden.engine_form import engine_form
 from golden.exact_decoder import ExactDecoder
 from golden.loaders import Checkpoint
 from golden.spec.engine import SMALL, EngineConfig
+from sw_stack.compile.batch import compile_batch
 from sw_stack.compile.decoder import Programs, compile_model
 from sw_stack.device.golden import GoldenDevice
 from sw_stack.device.protocol import EngineDevice
 from sw_stack.pack.image import Image, pack_checkpoint
 from sw_stack.pack.memory_map import MemoryMap
 from sw_stack.pack.ring import KVRing
+from sw_stack.runtime.batch import BatchSession
 from sw_stack.runtime.session import Session
 
 SHAPE = DecoderConfig("random", layers=2, hidden=128, heads=4, kv_heads=2, head_size=32, ffn=192, vocab=160,
@@ -64,6 +66,13 @@ class Machine:
         device = device or GoldenDevice(self.image, seed)
         return Session(device, self.programs, self.golden.matrices["embed"].weight, self.golden.positions)
 
+    def batch(self, device: EngineDevice | None = None, seed: int | None = None) -> BatchSession:
+        """As many new sequences as the map has."""
+        device = device or GoldenDevice(self.image, seed)
+        return BatchSession(
+            device, self.programs, self.golden.matrices["embed"].weight, self.golden.positions
+        )
+
 
 MakeMachine = Callable[..., Machine]
 
@@ -77,10 +86,14 @@ def make_machine(
     context: int = 64,
     chunk: int | None = None,
     ring: KVRing | None = None,
+    sequences: int = 1,
 ) -> Machine:
     """Pack and compile a model in `folder`."""
     checkpoint = engine_form(model if isinstance(model, Checkpoint) else random_checkpoint(model))
-    memory_map = MemoryMap(checkpoint.config, engine, weights, kv, context, ring)
+    memory_map = MemoryMap(checkpoint.config, engine, weights, kv, context, ring, sequences)
     image = pack_checkpoint(folder / "image", memory_map, checkpoint)
-    programs = compile_model(memory_map, image.norm_exponents, chunk)
+    if sequences > 1:
+        programs = compile_batch(memory_map, image.norm_exponents)
+    else:
+        programs = compile_model(memory_map, image.norm_exponents, chunk)
     return Machine(checkpoint, ExactDecoder(checkpoint, weights, kv), image, programs)

@@ -82,7 +82,7 @@ TINY = EngineConfig("tiny", 2, 4, 8, 16, 256, 2048, 64, 64)
 """8 lanes, 256 MAC/cycle, 128 byte/cycle: unit tests in seconds."""
 SMALL = EngineConfig("small", 16, 2, 16, 16, 2048, 16384, 64, 128)
 """32 lanes, 1,024 MAC/cycle, 1,024 byte/cycle: W4 is bound by the multipliers, not by memory."""
-U280 = EngineConfig("u280", 32, 8, 16, 16, 8192, 65536, 128, 128)
+U280 = EngineConfig("u280", 32, 8, 16, 16, 8192, 65536, 128, 1024)
 """256 lanes, 8,192 MAC/cycle, 2,048 byte/cycle at 225 MHz (32 HBM pseudo-channels, 2:1 width conversion outside)."""
 ENGINE_CONFIGS: dict[str, EngineConfig] = {c.name: c for c in (TINY, SMALL, U280)}
 
@@ -340,7 +340,11 @@ _VECTOR: tuple[tuple[str, int], ...] = (
     ("dst", 20),  # VB word, or A8 group of 32 for QUANT and SOFTMAX
     ("dst_stride", 16),
     ("table", 8),  # first scale table entry written
-    ("fresh", 1),  # the vector instruction just before wrote exactly this operand: its extremes are reused
+    (
+        "fresh",
+        1,
+    ),  # NORM, QUANT, KVQUANT: the vector instruction before wrote exactly this operand, its extremes are
+    # reused; ROPE, GATE, ADD: its result goes on where the one before ended its vectors, and their extremes join
 )
 
 FIELDS: dict[Op, tuple[tuple[str, int], ...]] = {

@@ -11,7 +11,7 @@ from hw.lib.streams import StreamFIFO
 PC_BITS = 24
 QUEUE_DEPTH = 32
 """A LUT RAM is 32 deep anyway; a short queue that fills holds up the instructions of every other unit."""
-IN_FLIGHT = 4
+IN_FLIGHT = 8
 
 
 def queued(op) -> data.StructLayout:

@@ -81,6 +81,8 @@ class Buffers:
         lanes = engine.vector_lanes
         self.queries = attention_tokens * model.group
         per_block = layout.heads_per_block
+        self.softmax_heads = per_block if tokens == 1 and model.group == 1 else 1
+        """KV heads of one SOFTMAX: their scores and their V scales are a stride apart."""
         vb = Allocator("vb", VB_BANKS, engine.vb_words // VB_BANKS)
         hidden, head = memory_map.row_words(model.hidden), model.head_size // lanes
         q_rows = model.heads * model.head_size
@@ -89,7 +91,9 @@ class Buffers:
         self.x = vb.block("the residual stream", hidden, tokens, bank=0)
         if model.gated:
             self.gate = vb.block("gate", memory_map.row_words(model.ffn), tokens, bank=2)
-        self.scores = vb.block("attention scores", memory_map.score_words, self.queries, bank=3, buffers=2)
+        self.scores = vb.block(
+            "attention scores", memory_map.score_words, self.queries, bank=3, buffers=2 * self.softmax_heads
+        )
         self.up = vb.block("up", memory_map.row_words(model.ffn), tokens, bank=1)
         self.value_scales = vb.block("V scales", slot_words, model.kv_heads, bank=0)
         self.q = vb.block("q", memory_map.row_words(q_rows), tokens, bank=2)

@@ -24,7 +24,8 @@ from golden.spec.memory import MAX_BURST_BEATS
 from hw.engine.decoder import PATTERN_WORDS
 from hw.engine.fetch import FIFO_BEATS, PER_WORD
 from hw.engine.mem.address import AddressGenerator
-from hw.engine.mem.append_ports import WordWriter
+from hw.engine.mem.append import AHEAD, HANDOVER
+from hw.engine.mem.append_ports import JOBS, PIECES, WordWriter
 from hw.engine.mem.reader import ReadChannel
 from hw.engine.mem.striped import BURST_QUEUE
 from hw.engine.queue import QUEUE_DEPTH, UnitQueue
@@ -95,7 +96,6 @@ class Job:
     start: int
     left: Iterator[_Burst]
     staged: int = -1
-    checked: int = -1
     handed: int = -1
     next: _Burst | None = None
 
@@ -111,6 +111,8 @@ class WordStream:
         self.taken: list[int] = []
         """Cycle in which the decoder took each word."""
         self._requests = [-1] * BURST_QUEUE
+        self._checked = self._handed = -1
+        """Cycles in which the latest burst of all passed the region's check and went to the channels' queues."""
         self._jobs: list[Job] = []
         self.free = 0
         """First cycle in which the generator takes another descriptor, as far as it is known."""
@@ -146,10 +148,10 @@ class WordStream:
         first = job.handed < 0
         if first:
             job.start = max(job.start, self.free)
-        staged = job.start + 1 if first else max(job.staged + 1, job.checked)
-        checked = max(staged + 1, job.handed)
-        job.staged, job.checked = staged, checked
-        job.handed = max(checked + AddressGenerator.latency - 2, self._requests[-BURST_QUEUE] + 1)
+        job.staged = max((job.start if first else job.staged) + 1, self._checked)
+        self._checked = max(job.staged + 1, self._handed)
+        job.handed = max(self._checked + AddressGenerator.latency - 2, self._requests[-BURST_QUEUE] + 1)
+        self._handed = job.handed
         room = self.taken[burst.need - 1] + 1 if burst.need > 0 else 0
         requested = max(job.handed + 1, self._requests[-1] + 1, room)
         self._requests.append(requested)
@@ -305,15 +307,16 @@ class Records:
         return max([self.sent, *(end + self.late for end in self.ends)]) + SETTLE_WORDS
 
     @classmethod
-    def of(cls, start: int, lanes: int, count: int, vectors: int) -> Records:
+    def of(cls, start: int, lanes: int, count: int, vectors: int, fresh: bool) -> Records:
         """The vectors of a KVQUANT that starts in cycle `start`."""
         words = -(-count // lanes)
 
         def end(v: int) -> int:
-            """Its scalar, or its place in the last pass behind the first one over all vectors."""
-            scalar = instruction_cycles(Op.KVQUANT, lanes, count, v + 1)
+            """Its scalar, or its place in the last pass behind the first one over all vectors, if there is one."""
+            scalar = instruction_cycles(Op.KVQUANT, lanes, count, v + 1, fresh=fresh)
+            before = 0 if fresh else vectors
             return (
-                start + max(scalar, instruction_cycles(Op.ROPE, lanes, count, vectors + v + 1)) - SETTLE_WORDS
+                start + max(scalar, instruction_cycles(Op.ROPE, lanes, count, before + v + 1)) - SETTLE_WORDS
             )
 
         return cls([end(v) for v in range(vectors)], words)
@@ -326,49 +329,110 @@ class Records:
         return self.sent
 
 
-KEY_STAGES = 7
-"""States from the last beat of a vector to its first write: PLACE, MULTIPLY, OFFSET, END, COMPARE, RANGE, then the
-write itself. docs in `hw.engine.mem.append.Sequencer`."""
-BLOCK_STAGES = 4
-"""States from the last write of a row block to the next block's read: END, COMPARE, RANGE, READ."""
+PLACED = 6
+"""States of a vector before it is read or handed over: PLACE, MULTIPLY, OFFSET, END, COMPARE, RANGE."""
+NEXT_BLOCK = 4
+"""From a row block's READ to the next one's: END, COMPARE, RANGE, READ."""
+
+
+@dataclass
+class Placed:
+    """A vector in the APPEND unit: the words that it writes, and the cycle in which all are answered."""
+
+    start: int = 0
+    end: int = 0
+    channels: set[int] = field(default_factory=set)
+    answered: int = -1
+
+    def shares(self, start: int, end: int, channels: set[int]) -> bool:
+        """Whether it writes one of the words [start, end) of these channels."""
+        return start < self.end and self.start < end and bool(channels & self.channels)
+
+
+@dataclass(frozen=True)
+class TileRead:
+    """A row block of V: when its first words are on the bus, how many, of how many channels."""
+
+    arrived: int
+    words: int
+    channels: int
 
 
 class Append:
-    """APPEND: one operation at a time, vector by vector."""
+    """APPEND: `AHEAD` vectors are placed and read behind the one that is written; `JOBS` may wait for answers."""
 
     def __init__(self, config: EngineConfig, port: ReadPort) -> None:
         self._config, self._memory, self._port = config, port.memory, port
+        self.free = 0
+        """First cycle in which another operation is taken."""
+        self._idle = 0
+        """First cycle in which the emitter takes another vector."""
+        self._asked = 0
+        """First cycle in which the reader takes another row block."""
+        self._asked_at = 0
+        self._scales = 0
+        """First cycle in which the last V scale record is seen answered."""
+        self._begun = [-1] * AHEAD
+        """Cycle in which the emitter took each of the latest vectors, oldest first."""
+        self._jobs = [Placed() for _ in range(JOBS)]
+        """The latest vectors, oldest first."""
 
     def run(self, start: int, f: dict[str, int], values: bool, records: Records) -> int:
-        """Cycle of `done` of an operation transferred in `start`: CHECK, then FILL."""
-        ready, quiet = start + 2, 0
-        for _ in range(f["count"]):
-            placed = records.take(ready) + KEY_STAGES
-            ready, quiet = (self._value if values else self._key)(placed, quiet, f)
-        return max(ready, quiet)
+        """Cycle of `done` of an operation transferred in `start`: CHECK, then PLACE."""
+        place = start + 2
+        for n in range(f["count"]):
+            ready, job = place + PLACED, Placed()
+            tile = self._tile(ready, f, f["addr"] + n, job) if values else []
+            room = max(self._begun[0], self._jobs[0].answered) + 1
+            handed = max(ready, self._asked_at + 1 if tile else 0, room)
+            begun = max(handed + HANDOVER, self._idle)
+            self._begun = [*self._begun[1:], begun]
+            taken = records.take(begun + 1)
+            answered = self._values(taken, tile) if values else self._key(taken, f)
+            job.answered = max(answered, self._jobs[-1].answered + 1)
+            self._jobs = [*self._jobs[1:], job]
+            place = handed + 1
+        self.free = place
+        return self._jobs[-1].answered
 
-    def _key(self, placed: int, quiet: int, f: dict[str, int]) -> tuple[int, int]:
-        """A scale record and the pieces, one a cycle; (FILL or DRAIN of the next, cycle with all answers in)."""
-        last = placed + f["head_size"] // STEP * (f["bits"] // 2)
-        return last + 2, max(quiet, self._answered(last, 1))
+    def _key(self, taken: int, f: dict[str, int]) -> int:
+        """A scale record and the pieces, one a cycle; the cycle with all answers in."""
+        last = taken + 1 + f["head_size"] // STEP * (f["bits"] // 2)
+        self._idle = last + 1
+        return self._answered(last, 1)
 
-    def _value(self, placed: int, quiet: int, f: dict[str, int]) -> tuple[int, int]:
-        """Row block by row block: read the tile from every channel, change and write a word a cycle."""
-        config, lanes = self._config, self._config.lanes_per_channel
-        tile = max(1, f["bits"] // 2 * lanes // 8)
-        groups, channel, at = f["head_size"] // lanes, f["row"] // lanes, placed
+    def _tile(self, ready: int, f: dict[str, int], slot: int, job: Placed) -> list[TileRead]:
+        """Row block by row block, each once no vector without all its answers shares a word with it."""
+        config, lanes, planes = self._config, self._config.lanes_per_channel, f["bits"] // 2
+        tile = max(1, planes * lanes // PIECES)
+        groups, channel, reads = f["head_size"] // lanes, f["row"] // lanes, []
+        job.start = word = f["base"] + slot // STEP * planes * lanes // PIECES
         while groups:
             here = min(groups, config.channels - channel)
-            arrived = self._port.read(max(at, quiet) + ADDRESS, tile)
-            first = math.ceil(arrived)
-            last = first + self._memory.refresh_wait(here, first) + here * tile
-            quiet = self._answered(last, here)
-            groups, channel, at = groups - here, 0, last + BLOCK_STAGES
-        scale = last + 1
-        return scale + 2, max(quiet, self._answered(scale + 1, 1))
+            used = set(range(channel, channel + here))
+            clashes = [j.answered + 1 for j in self._jobs if j.shares(word, word + tile, used)]
+            at = max([ready, self._asked, *clashes])
+            reads.append(TileRead(math.ceil(self._port.read(at + ADDRESS, tile)), here * tile, here))
+            self._asked_at, self._asked = at, at + tile + 1
+            job.channels |= used
+            job.end, groups, channel = word + tile, groups - here, 0
+            word, ready = word + f["block_words"], at + NEXT_BLOCK
+        return reads
+
+    def _values(self, taken: int, tile: list[TileRead]) -> int:
+        """Change and write a word a cycle, then the scale record; the cycle with all answers in."""
+        last, answered = taken, 0
+        for read in tile:
+            arrived = read.arrived + self._memory.refresh_wait(read.channels, read.arrived)
+            last = max(last, arrived) + read.words
+            answered = max(answered, self._answered(last, read.channels))
+        self._idle = last + 2
+        # The auxiliary port changes owner in a cycle of its own, unless an answer is still to come.
+        self._scales = self._answered(last + 1 + (last + 1 + WordWriter.latency >= self._scales), 1)
+        return max(answered, self._scales)
 
     def _answered(self, written: int, channels: int) -> int:
-        """First cycle in which the writer is quiet after the last word, taken in cycle `written`, for as many."""
+        """First cycle in which the last word, taken in cycle `written`, is seen answered, for as many channels."""
         sent = written + WordWriter.latency
         return sent + self._memory.write_latency_cycles + self._memory.refresh_wait(channels, sent) + 1
 

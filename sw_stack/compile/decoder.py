@@ -4,8 +4,9 @@ One stream serves every sequence length: what grows with the context (slots, til
 new token) comes from scalar registers (`program.R`). Activations stay on chip from the embedding row to the
 hidden state; off chip go weights, KV, norm weights, RoPE rows and V scales alone.
 
-Fusion: q, k, v are one product, gate and up another; o and down accumulate onto the residual in the drain, q and up
-onto their biases, which lie there before; a ReLU is part of the quantisation behind it; scores never leave the chip.
+Fusion: products of several tokens add to the residual, of one token the vector unit does, piece by piece behind the
+array; q and up accumulate onto their biases, which lie there before; a ReLU is part of the quantisation behind it;
+scores never leave the chip.
 Order: keys of KV head h + 1 stream while the vector unit takes the softmax of head h.
 """
 
@@ -32,7 +33,9 @@ HEAD_PIECES = 32
 HEAD_RING = 8
 """Places that the pieces take in turn: the tokens of as many fit both counters between array and DMA, else each unit
 could wait for the other to take one."""
-VALUE_PIECES = 4
+ROW_PIECES = 4
+TAIL_SHARE = 16
+PIECE_HEADS = 8
 """Most pieces in which V is quantised and stored in decode: every one costs instructions."""
 
 
@@ -76,6 +79,8 @@ class Emitter:
         self.attention_tokens = min(together or fit, fit)
         self.at = Buffers(memory_map, tokens, self.attention_tokens)
         self.builder = Builder()
+        self.fresh = 0
+        """Whether the vector unit holds the extremes of the residual stream."""
         self.score_scale = ScoreScale.of(self.model.head_size)
 
     # --- once per pass
@@ -174,29 +179,22 @@ class Emitter:
             self._query(layer, range(self.model.kv_heads))
 
     def _projections(self, layer: int) -> None:
-        """q, k and v of one token. V goes first, since it is the longest on its way to memory, and in pieces: a vector
-        instruction that quantises several heads would wait in the vector unit for each to be stored. Between them the
-        vector unit rotates and quantises what the array has ready."""
-        values, queries = self._pieces(VALUE_PIECES), self._query_pieces
+        """q, k and v of one token. V goes first, since it is the longest on its way to memory; while the array computes
+        what follows, the vector unit quantises it, then turns and quantises k, then the queries of every piece but the
+        last, which is short, since the first keys wait for it."""
         self._value(layer)
-        self._store_values(layer, values[:1])
         self._key_product(layer)
+        for heads in self._query_pieces:
+            self._query_product(layer, heads)
+        for heads in self._pieces(-(-self.model.kv_heads // PIECE_HEADS)):
+            self._append(layer, "v", heads)
+            self._read_value_scales(layer, heads)
         if self.sinks:
             self._append_sinks(layer)
         self._turn_key(layer)
         self._append(layer, "k", range(self.model.kv_heads))
-        self._query_product(layer, queries[0])
-        self._store_values(layer, values[1:2])
-        self._turn_queries(layer, queries[0])
-        self._store_values(layer, values[2:])
-        for heads in queries[1:]:
-            self._query_product(layer, heads)
+        for heads in self._query_pieces:
             self._turn_queries(layer, heads)
-
-    def _store_values(self, layer: int, pieces: list[range]) -> None:
-        for heads in pieces:
-            self._append(layer, "v", heads)
-            self._read_value_scales(layer, heads)
 
     def _pieces(self, most: int) -> list[range]:
         """KV heads in at most so many equal pieces."""
@@ -206,13 +204,16 @@ class Emitter:
 
     @property
     def _query_pieces(self) -> list[range]:
-        """KV heads whose queries are computed together: all but the last piece, so that the vector unit works on them
-        while the array computes the rest; whole row blocks each."""
-        last = self._pieces(VALUE_PIECES)[-1]
-        rows = last.start * self.model.group * self.model.head_size
-        if last.start == 0 or rows % self.engine.lanes:
-            return [range(self.model.kv_heads)]
-        return [range(last.start), last]
+        """KV heads whose queries are computed together: whole row blocks each, the last piece as few as may be."""
+        heads, rows = self.model.kv_heads, self.model.group * self.model.head_size
+        tail = self._tail(heads, rows)
+        starts = [0, *(heads - n * tail for n in (4, 1) if 2 * n * tail <= heads), heads]
+        return [range(i, j) for i, j in zip(starts, starts[1:])]
+
+    def _tail(self, parts: int, rows: int) -> int:
+        """Fewest parts of so many rows that are whole row blocks and divide all of them; all, if none are."""
+        fit = (n for n in range(1, parts + 1) if n * rows % self.engine.lanes == 0 and parts % n == 0)
+        return next(fit, parts)
 
     def before_attention(self, layer: int) -> None:
         """Norm, q, k and v, and their rotation, for attention elsewhere."""
@@ -308,19 +309,20 @@ class Emitter:
         """Output projection and feed-forward network, from `mixed` on."""
         name = f"layer {layer}"
         self._quantise(self.at.mixed, self.model.heads * self.model.head_size, f"{name} o input")
-        self._product(self.map.matrices[f"layers.{layer}.o"], self.at.x, f"{name} o", accumulate=1)
+        self._residual(self.map.matrices[f"layers.{layer}.o"], f"{name} o")
         self._norm(layer * 2 + 1, f"{name} ffn norm")
         if self.model.gated:
             self._gated_units(layer, name)
         else:
             self._rectified_units(layer, name)
-        self._product(self.map.matrices[f"layers.{layer}.down"], self.at.x, f"{name} down", accumulate=1)
+        self._residual(self.map.matrices[f"layers.{layer}.down"], f"{name} down")
 
     def _gated_units(self, layer: int, name: str) -> None:
         self._quantise(self.at.normed, self.model.hidden, f"{name} gate and up input", fresh=1)
-        for part, block in (("gate", self.at.gate), ("up", self.at.up)):
-            self._product(self.map.matrices[f"layers.{layer}.{part}"], block, f"{name} {part}")
-        self._gate(name)
+        for index, rows in enumerate(self._row_pieces(self.model.ffn)):
+            for part, block in (("gate", self.at.gate), ("up", self.at.up)):
+                self._product(self.map.matrices[f"layers.{layer}.{part}"], block, f"{name} {part}", rows=rows)
+            self._gate(name, rows, joins=int(index > 0))
         self._quantise(self.at.gated, self.model.ffn, f"{name} down input", fresh=1)
 
     def _rectified_units(self, layer: int, name: str) -> None:
@@ -333,6 +335,39 @@ class Emitter:
             accumulate=int(self.model.biases),
         )
         self._quantise(self.at.up, self.model.ffn, f"{name} down input", rectify=1)
+
+    def _residual(self, matrix: Matrix, note: str) -> None:
+        """A product added to the residual stream. Of one token by the vector unit, piece by piece behind the array, so
+        that the stream's extremes are known when its norm begins; of several in the drain."""
+        self.fresh = int(self.tokens == 1)
+        if not self.fresh:
+            self._product(matrix, self.at.x, note, accumulate=1)
+            return
+        for index, rows in enumerate(self._row_pieces(matrix.rows)):
+            self._product(matrix, self.at.normed, note, rows=rows)
+            (x,), (y,) = (self._part(block, rows) for block in (self.at.x, self.at.normed))
+            self.builder.emit(
+                Op.ADD, f"{note} residual", [x, y], [x],
+                addr=x.start, addr_b=y.start, count=len(rows), vectors=1, dst=x.start, fresh=int(index > 0),
+            )  # fmt: skip
+
+    def _part(self, block: Block, rows: range) -> list[Span]:
+        """Words that hold some rows of each token."""
+        offset, width = rows.start // self.lanes, -(-len(rows) // self.lanes)
+        firsts = [block.at(t, offset=offset) for t in range(self.tokens)]
+        return [Span(block.space, first, first + width) for first in firsts]
+
+    def _row_pieces(self, rows: int) -> list[range]:
+        """Rows in pieces of whole row blocks, the last one short: what the vector unit does with all but the last piece
+        hides behind the array's work on the next."""
+        lanes = self.engine.lanes
+        blocks = -(-rows // lanes)
+        tail = -(-blocks // TAIL_SHARE)
+        size = max(1, -(-(blocks - tail) // (ROW_PIECES - 1)))
+        starts = [*range(0, blocks - tail, size), blocks - tail]
+        return [
+            range(i * lanes, min(j * lanes, rows)) for i, j in zip(starts, [*starts[1:], blocks]) if i < j
+        ]
 
     def _norm(self, index: int, note: str) -> None:
         buffer = index % 2
@@ -347,6 +382,7 @@ class Emitter:
         self.builder.emit(
             Op.NORM, note, [x.span(), weight.span(first=buffer, count=1)], [y.span()],
             addr=x.base, stride=x.words, addr_b=weight.at(buffer), count=self.model.hidden, vectors=self.tokens,
+            fresh=self.fresh,
             dst=y.base, dst_stride=y.words, exponent=exponent & EXPONENT_MASK, epsilon=epsilon,
         )  # fmt: skip
 
@@ -398,12 +434,14 @@ class Emitter:
                 count=self.model.head_size, vectors=heads, dst=to, dst_stride=self.head_words,
             )  # fmt: skip
 
-    def _gate(self, name: str) -> None:
+    def _gate(self, name: str, rows: range, joins: int) -> None:
+        """Gate and up of some rows to their product; its extremes join those of the rows before."""
         gate, up, gated = self.at.gate, self.at.up, self.at.gated
+        g, u, y = (self._part(block, rows) for block in (gate, up, gated))
         self.builder.emit(
-            Op.GATE, f"{name} gate", [gate.span(), up.span()], [gated.span()],
-            addr=gate.base, stride=gate.words, addr_b=up.base, stride_b=up.words,
-            count=self.model.ffn, vectors=self.tokens, dst=gated.base, dst_stride=gated.words,
+            Op.GATE, f"{name} gate", [*g, *u], y,
+            addr=g[0].start, stride=gate.words, addr_b=u[0].start, stride_b=up.words,
+            count=len(rows), vectors=self.tokens, dst=y[0].start, dst_stride=gated.words, fresh=joins,
         )  # fmt: skip
 
     # --- KV cache
@@ -411,7 +449,8 @@ class Emitter:
         """Quantise and store k or v of some KV heads."""
         block = self.at.k if kind == "k" else self.at.v
         if self.tokens == 1:
-            self._kv_quantise(layer, kind, block, heads.start, len(heads), self.head_words)
+            turned = int(kind == "k" and self.model.rotates)
+            self._kv_quantise(layer, kind, block, heads.start, len(heads), self.head_words, fresh=turned)
         for head in heads:
             if self.tokens > 1:
                 self._kv_quantise(layer, kind, block, head, self.tokens, block.words)
@@ -459,13 +498,21 @@ class Emitter:
         return Span(f"{kind}{layer}", index, index + 1)
 
     def _kv_quantise(
-        self, layer: int, kind: str, block: Block, head: int, vectors: int, stride: int, token: int = 0
+        self,
+        layer: int,
+        kind: str,
+        block: Block,
+        head: int,
+        vectors: int,
+        stride: int,
+        token: int = 0,
+        fresh: int = 0,
     ) -> None:
         """`vectors` vectors from a head of one token on, `stride` words apart, into the append stream."""
         self.builder.emit(
             Op.KVQUANT, f"layer {layer} quantise {kind}", [block.span()],
             addr=block.at(token, offset=head * self.head_words), stride=stride, count=self.model.head_size,
-            vectors=vectors, bits=self.map.kv_layout.bits,
+            vectors=vectors, bits=self.map.kv_layout.bits, fresh=fresh,
         )  # fmt: skip
 
     # --- attention
@@ -477,16 +524,20 @@ class Emitter:
         return bool(ragged) or self.attention_tokens > 1 and several
 
     def _attention(self, layer: int, first: int, count: int) -> None:
-        """Attention of tokens [first, first + count) of the pass, block of KV heads by block."""
-        per_block, heads = self.map.kv_layout.heads_per_block, self.model.kv_heads
-        self._scores(layer, 0, first, count)
-        for head in range(heads):
-            if head + 1 < heads:
-                self._scores(layer, head + 1, first, count)
-            block, place = divmod(head, per_block)
-            self._softmax(layer, head, first, count, block, place)
-            if place == per_block - 1 or head == heads - 1:
-                self._values(layer, block, range(block * per_block, head + 1), first, count)
+        """Attention of tokens [first, first + count) of the pass, block of KV heads by block: keys of the next softmax
+        stream while the vector unit works on this one."""
+        per_block, heads = self.map.kv_layout.heads_per_block, range(self.model.kv_heads)
+        together = self.at.softmax_heads
+        turns = [heads[i : i + together] for i in range(0, len(heads), together)]
+        for head in turns[0]:
+            self._scores(layer, head, first, count)
+        for turn, following in zip(turns, [*turns[1:], range(0)]):
+            for head in following:
+                self._scores(layer, head, first, count)
+            block, place = divmod(turn[0], per_block)
+            self._softmax(layer, turn, first, count, block, place)
+            if turn[-1] % per_block == per_block - 1 or turn[-1] == heads[-1]:
+                self._values(layer, block, range(block * per_block, turn[-1] + 1), first, count)
 
     def _scores(self, layer: int, head: int, first: int, count: int) -> None:
         if self.tokens > 1:
@@ -563,23 +614,25 @@ class Emitter:
     def _kv_codes(self) -> int:
         return int(Codes.U4 if self.map.kv_layout.bits == 4 else Codes.U8)
 
-    def _softmax(self, layer: int, head: int, first: int, count: int, block: int, place: int) -> None:
+    def _softmax(self, layer: int, heads: range, first: int, count: int, block: int, place: int) -> None:
         """Token by token: each sees the slots up to its own."""
         group, scores, p8, scale = self.model.group, self.at.scores, self.at.p8, self.at.p_scale
+        scales, vectors = self.at.value_scales, len(heads) * group
         for t in range(count):
             vector = (place * count + t) * group
             slots, state = self._slots(first + t), self.at.states
-            exported = [state.span(first=head * group, count=group)] if state.count else []
+            exported = [state.span(first=heads[0] * group, count=vectors)] if state.count else []
             if exported:
-                slots |= {"export": 1, "state": state.at(head * group)}
+                slots |= {"export": 1, "state": state.at(heads[0] * group)}
             self.builder.emit(
-                Op.SOFTMAX, f"layer {layer} softmax of head {head}, token {first + t}",
-                [scores.span(head, t * group, group), self.at.value_scales.span(first=head, count=1)],
-                [p8.span(block, vector, group), scale.span(block, vector, group), *exported],
-                addr=scores.at(t * group, head), stride=scores.words, addr_b=self.at.value_scales.at(head),
-                vectors=group, **slots,
+                Op.SOFTMAX, f"layer {layer} softmax of heads {heads[0]} to {heads[-1]}, token {first + t}",
+                [*(scores.span(h, t * group, group) for h in heads), scales.span(first=heads[0], count=len(heads))],
+                [p8.span(block, vector, vectors), scale.span(block, vector, vectors), *exported],
+                addr=scores.at(t * group, heads[0]), stride=scores.words, addr_b=scales.at(heads[0]),
+                stride_b=scales.words if len(heads) > 1 else 0,
+                vectors=vectors, **slots,
                 dst=p8.at(vector, block) * GROUPS_PER_WORD, dst_stride=p8.words * GROUPS_PER_WORD,
-                table=scale.at(vector, block), vec_group=group, high=EVERY_SLOT,
+                table=scale.at(vector, block), vec_group=vectors, high=EVERY_SLOT,
             )  # fmt: skip
 
     def _slots(self, token: int) -> dict[str, int]:

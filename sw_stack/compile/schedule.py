@@ -126,6 +126,8 @@ class _Scheduler:
             free = self.words.free
         elif unit is Unit.MATRIX:
             free = self.array.free
+        elif unit is Unit.APPEND:
+            free = self.append.free
         else:
             free = self._done(unit, -1) + 1 if ends else 0
         if len(ends) >= IN_FLIGHT:
@@ -168,9 +170,10 @@ class _Scheduler:
         if op in (Op.APPEND_K, Op.APPEND_V):
             return self.append.run(start, f, op is Op.APPEND_V, self.records)
         lanes = self.config.vector_lanes
+        fresh = bool(f.get("fresh", 0))
         if op is Op.KVQUANT:
-            self.records = cycles.Records.of(start, lanes, f["count"], f["vectors"])
-        return start + cycles.vector_cycles(op, lanes, f["count"], f["vectors"], bool(f.get("fresh", 0)))
+            self.records = cycles.Records.of(start, lanes, f["count"], f["vectors"], fresh)
+        return start + cycles.vector_cycles(op, lanes, f["count"], f["vectors"], fresh)
 
     def _end(self, slots: list[Slot], program: Program) -> int:
         """HALT acts in the cycle in which it is fetched and every queue is seen empty; that cycle counts."""

@@ -82,18 +82,29 @@ def _vectors(state: EngineState, fields: Fields, which: str = "addr", stride: st
     return torch.from_numpy(state.vb[starts[:, None] + np.arange(count)])
 
 
-def _store(state: EngineState, fields: Fields, values: torch.Tensor) -> None:
+def _store(state: EngineState, fields: Fields, values: torch.Tensor, joins: int = 0) -> None:
     lanes = state.config.vector_lanes
     starts = (fields["dst"] + np.arange(len(values)) * fields["dst_stride"]) * lanes
     if starts.max() + values.shape[1] > len(state.vb):
         raise UnitError(Error.ADDRESS, f"results at VB word {fields['dst']} leave the buffer")
     state.vb[starts[:, None] + np.arange(values.shape[1])] = values.numpy()
-    state.fresh = (
+    written = (
         fields["dst"],
         len(values),
         fields["dst_stride"] if len(values) > 1 else 0,
         values.shape[1],
     )
+    state.fresh = _joined(state, written) if joins else written
+
+
+def _joined(state: EngineState, written: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+    """`fresh` of an instruction that writes promises that it goes on where the one before ended its vectors."""
+    first, *same, count = state.fresh or (0, 0, 0, 0)
+    if (first + count // state.config.vector_lanes, *same) != written[
+        :3
+    ] or count % state.config.vector_lanes:
+        raise UnitError(Error.SHAPE, f"vectors at {written} do not continue those of {state.fresh}")
+    return (first, written[1], written[2], count + written[3])
 
 
 def _check_fresh(state: EngineState, fields: Fields) -> None:
@@ -333,15 +344,25 @@ def _store_table(state: EngineState, f: Fields, entries: torch.Tensor) -> None:
 
 def _rope(state: EngineState, f: Fields) -> None:
     x, row = _vectors(state, f), _vectors(state, f, "addr_b", "stride_b")
-    _store(state, f, ops.rope(x, row[:, 0::2], row[:, 1::2]))
+    _store(state, f, ops.rope(x, row[:, 0::2], row[:, 1::2]), f.get("fresh", 0))
 
 
 def _gate(state: EngineState, f: Fields) -> None:
-    _store(state, f, ops.gate_product(_vectors(state, f), _vectors(state, f, "addr_b", "stride_b")))
+    _store(
+        state,
+        f,
+        ops.gate_product(_vectors(state, f), _vectors(state, f, "addr_b", "stride_b")),
+        f.get("fresh", 0),
+    )
 
 
 def _add(state: EngineState, f: Fields) -> None:
-    _store(state, f, ops.residual(_vectors(state, f), _vectors(state, f, "addr_b", "stride_b")))
+    _store(
+        state,
+        f,
+        ops.residual(_vectors(state, f), _vectors(state, f, "addr_b", "stride_b")),
+        f.get("fresh", 0),
+    )
 
 
 def _kvquant(state: EngineState, f: Fields) -> None:
@@ -356,7 +377,6 @@ def _kvquant(state: EngineState, f: Fields) -> None:
 def _softmax(state: EngineState, f: Fields) -> None:
     """Online softmax of section 8, tile by tile, with the codes that the value product needs."""
     z, records = _vectors(state, f), _vectors(state, f, "addr_b", "stride_b")
-    state.fresh = None
     slots, tiles = f["count"], -(-f["count"] // ATTN_TILE)
     s, token = torch.arange(slots), torch.arange(len(z))[:, None] // max(1, f["vec_group"])
     low = f["low"] - (f["low"] >> 15 << 16)  # signed: a window may reach back before slot 0
@@ -365,12 +385,12 @@ def _softmax(state: EngineState, f: Fields) -> None:
     pad = tiles * ATTN_TILE - slots
     z, live, records = (torch.nn.functional.pad(x, (0, pad)) for x in (z, live, records))
     scale, minimum = (
-        torch.from_numpy(_int24((records[:1] >> shift & 0xFFFF).numpy().astype(np.uint16))).long()
+        torch.from_numpy(_int24((records >> shift & 0xFFFF).numpy().astype(np.uint16))).long()
         for shift in (0, 16)
     )
     codes = np.zeros((len(z), tiles, STEP), np.int8)
     sides = np.zeros((len(z), tiles, 3), np.int64)
-    totals = [_softmax_vector(z[v], live[v], scale[0], minimum[0], codes[v], sides[v]) for v in range(len(z))]
+    totals = [_softmax_vector(z[v], live[v], scale[v], minimum[v], codes[v], sides[v]) for v in range(len(z))]
     _check_states(state, f)
     _store_act(state, f, codes, sides)
     _store_table(state, f, torch.tensor([_output_scale(total) for _, total in totals]))

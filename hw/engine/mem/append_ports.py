@@ -1,12 +1,13 @@
 """Bus side of the APPEND unit: single words with byte strobes out to any channel, the touched bytes of a tile in."""
 
-from amaranth import Array, Cat, Module, Signal
+from amaranth import Array, Cat, Module, Mux, Signal
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from golden.spec.engine import WORD_BITS, WORD_BYTES
-from hw.engine.mem.axi import BURST_INCR, OKAY, axi_read, axi_write
+from hw.engine.mem.axi import BURST_INCR, OKAY, WRITE_ID_BITS, axi_read, axi_write
 from hw.lib.memories import TypedMemory
+from hw.lib.pipeline import fold
 
 ADDR_BITS = 32
 WORD_SIZE = WORD_BYTES.bit_length() - 1
@@ -14,21 +15,32 @@ PIECES = 8
 """Pieces of 8 bytes in a word: the 32 positions of one lane, step and plane."""
 TILE_WORDS = 4
 """Words of a channel that one tile of V spans at most: 4 planes of 8 lanes."""
-IN_FLIGHT_BITS = 12
+HEAD_MAX = 256
+JOBS = 1 << WRITE_ID_BITS
+"""Vectors whose writes may be without an answer; the number of each travels as the AXI ID."""
+WRITES_MAX = HEAD_MAX * 4 // PIECES + 1
+"""Writes of a vector at most: four planes of a piece's byte per row of V in a word each, and its scale record."""
 
 
 def word_write(targets: int) -> data.StructLayout:
-    """One word for port `target`: byte address, data and byte strobes."""
+    """One word for port `target` in job `job`: byte address, data and byte strobes."""
     return data.StructLayout(
-        {"target": range(targets), "addr": ADDR_BITS, "data": WORD_BITS, "strb": WORD_BYTES}
+        {
+            "target": range(targets),
+            "job": WRITE_ID_BITS,
+            "addr": ADDR_BITS,
+            "data": WORD_BITS,
+            "strb": WORD_BYTES,
+        }
     )
 
 
 class WordWriter(wiring.Component):
     """Single-word writes to `ports` AXI ports from one shared register, so wide data is held once.
 
-    Takes a word per cycle while the addressed ports accept address and data at once; `quiet` when every response has
-    arrived; `bad` pulses on a response that is not OKAY.
+    Takes a word per cycle while the addressed ports accept address and data at once. `answered[j]`: every word of job
+    j that was taken has its response; `quiet`: every word of all. `bad` pulses on a response that is not OKAY. A job
+    has at most `WRITES_MAX` words without response.
     """
 
     latency = 1
@@ -40,6 +52,7 @@ class WordWriter(wiring.Component):
             {
                 "i": In(stream.Signature(word_write(ports))),
                 "axi": Out(axi_write(ADDR_BITS, WORD_BITS)).array(ports),
+                "answered": Out(JOBS),
                 "quiet": Out(1),
                 "bad": Out(1),
             }
@@ -49,26 +62,27 @@ class WordWriter(wiring.Component):
         m = Module()
         held = Signal(word_write(self._ports))
         address, beat = Signal(self._ports), Signal(self._ports)
-        in_flight = Signal(IN_FLIGHT_BITS)
         address_left = address & ~Cat(port.awready for port in self.axi)
         beat_left = beat & ~Cat(port.wready for port in self.axi)
-        answers = [port.bvalid for port in self.axi]
         accepted = self.i.valid & self.i.ready
         m.d.comb += [
-            self.i.ready.eq(~address_left.any() & ~beat_left.any() & ~in_flight.all()),
-            self.quiet.eq(in_flight == 0),
+            self.i.ready.eq(~address_left.any() & ~beat_left.any()),
+            self.quiet.eq(self.answered.all()),
             self.bad.eq(Cat(port.bvalid & (port.bresp != OKAY) for port in self.axi).any()),
         ]
-        m.d.sync += [
-            address.eq(address_left),
-            beat.eq(beat_left),
-            in_flight.eq(in_flight + accepted - sum(answers)),
-        ]
+        m.d.sync += [address.eq(address_left), beat.eq(beat_left)]
+        for job in range(JOBS):
+            open_writes = Signal(range(WRITES_MAX + 1), name=f"open_writes_{job}")
+            answers = [port.bvalid & (port.bid == job) for port in self.axi]
+            started = accepted & (self.i.payload.job == job)
+            m.d.comb += self.answered[job].eq(open_writes == 0)
+            m.d.sync += open_writes.eq(open_writes + started - fold(answers, lambda x, y: x + y))
         with m.If(accepted):
             chosen = 1 << self.i.payload.target
             m.d.sync += [held.eq(self.i.payload), address.eq(chosen), beat.eq(chosen)]
         for n, port in enumerate(self.axi):
             m.d.comb += [
+                port.awid.eq(held.job),
                 port.awaddr.eq(held.addr),
                 port.awsize.eq(WORD_SIZE),
                 port.awburst.eq(BURST_INCR),
@@ -83,26 +97,29 @@ class WordWriter(wiring.Component):
 
 
 class TileReader(wiring.Component):
-    """Reads the same `words` words from every channel in `mask` and keeps of each piece the one byte that changes.
+    """Reads the same `words` words from every channel in `mask` and queues of each piece the one byte that changes.
 
-    `go` starts (only while `quiet`); `got[c]` counts the words that channel c has delivered; `old[c]` shows, for word
-    `part`, byte `byte` of its eight pieces. `bad` pulses on an answer that is not OKAY. Words are read singly, since
-    a tile may start anywhere and a burst must not cross 4 KB.
+    `go` transfers a request with `ready`, as soon as the one before is on its way, or, for another `byte`, answered.
+    `here[c]`: channel c has a word; `old[c]` shows that byte of its eight pieces, and `pop[c]` takes it. `rows` words
+    of a channel at most may be asked for and not taken. `bad` pulses on an answer that is not OKAY. Words are read
+    singly, since a tile may start anywhere and a burst must not cross 4 KB. `flush`, held until `quiet`, drops answers.
     """
 
-    def __init__(self, channels: int):
-        self._channels = channels
+    def __init__(self, channels: int, rows: int):
+        self._channels, self._rows = channels, rows
         super().__init__(
             {
                 "go": In(1),
+                "ready": Out(1),
                 "mask": In(channels),
                 "addr": In(ADDR_BITS),
                 "words": In(range(TILE_WORDS + 1)),
                 "byte": In(range(PIECES)),
-                "part": In(range(TILE_WORDS)),
-                "got": Out(range(TILE_WORDS + 1)).array(channels),
+                "here": Out(channels),
+                "pop": In(channels),
                 "old": Out(8 * PIECES).array(channels),
                 "axi": Out(axi_read(ADDR_BITS, WORD_BITS)).array(channels),
+                "flush": In(1),
                 "quiet": Out(1),
                 "bad": Out(1),
             }
@@ -111,40 +128,56 @@ class TileReader(wiring.Component):
     def elaborate(self, platform):
         m = Module()
         asking, waiting = Signal(self._channels), Signal(self._channels)
-        address, words = Signal(ADDR_BITS), Signal(range(TILE_WORDS + 1))
+        address, words, byte = Signal(ADDR_BITS), Signal(range(TILE_WORDS + 1)), Signal(range(PIECES))
         m.d.comb += [
-            self.quiet.eq(~waiting.any()),
+            self.quiet.eq(~asking.any() & ~waiting.any()),
+            self.ready.eq(~asking.any() & (self.quiet | (byte == self.byte))),
             self.bad.eq(Cat(port.rvalid & (port.rresp != OKAY) for port in self.axi).any()),
         ]
-        with m.If(self.go):
-            m.d.sync += [address.eq(self.addr), words.eq(self.words)]
+        starts = self.go & self.ready
+        with m.If(starts):
+            m.d.sync += [address.eq(self.addr), words.eq(self.words), byte.eq(self.byte)]
         for n, port in enumerate(self.axi):
-            asked = Signal(range(TILE_WORDS + 1), name=f"asked_{n}")
-            rows = TypedMemory(8 * PIECES, TILE_WORDS, asynchronous_read=True)
-            m.submodules[f"rows_{n}"] = rows
-            pieces = [
-                Array(port.rdata.word_select(8 * q + b, 8) for b in range(8))[self.byte]
-                for q in range(PIECES)
-            ]
+            asked, due = (
+                Signal(range(TILE_WORDS + 1), name=f"asked_{n}"),
+                Signal(range(self._rows + 1), name=f"due_{n}"),
+            )
             m.d.comb += [
                 port.araddr.eq(address + (asked << WORD_SIZE)),
                 port.arsize.eq(WORD_SIZE),
                 port.arburst.eq(BURST_INCR),
                 port.arvalid.eq(asking[n]),
                 port.rready.eq(1),
-                rows.w.addr.eq(self.got[n]),
-                rows.w.data.eq(Cat(pieces)),
-                rows.w.en.eq(port.rvalid),
-                rows.r[0].addr.eq(self.part),
-                self.old[n].eq(rows.r[0].data),
+                waiting[n].eq(due != 0),
             ]
-            with m.If(self.go & self.mask[n]):
-                m.d.sync += [asking[n].eq(1), waiting[n].eq(1), self.got[n].eq(0), asked.eq(0)]
-            with m.Else():
-                with m.If(asking[n] & port.arready):
-                    m.d.sync += [asked.eq(asked + 1), asking[n].eq(asked + 1 != words)]
-                with m.If(port.rvalid):
-                    m.d.sync += self.got[n].eq(self.got[n] + 1)
-                    with m.If(self.got[n] + 1 == words):
-                        m.d.sync += waiting[n].eq(0)
+            m.d.sync += due.eq(due + (port.arvalid & port.arready) - port.rvalid)
+            with m.If(starts & self.mask[n]):
+                m.d.sync += [asking[n].eq(1), asked.eq(0)]
+            with m.Elif(asking[n] & port.arready):
+                m.d.sync += [asked.eq(asked + 1), asking[n].eq(asked + 1 != words)]
+            self._queue(m, n, byte)
         return m
+
+    def _queue(self, m: Module, n: int, byte) -> None:
+        """Bytes of channel n in LUT RAM."""
+        port, last = self.axi[n], self._rows - 1
+        rows = TypedMemory(8 * PIECES, self._rows, asynchronous_read=True)
+        m.submodules[f"rows_{n}"] = rows
+        into, out = (Signal(range(self._rows), name=f"{name}_{n}") for name in ("into", "out"))
+        held = Signal(range(self._rows + 1), name=f"held_{n}")
+        pieces = [Array(port.rdata.word_select(8 * q + b, 8) for b in range(8))[byte] for q in range(PIECES)]
+        m.d.comb += [
+            rows.w.addr.eq(into),
+            rows.w.data.eq(Cat(pieces)),
+            rows.w.en.eq(port.rvalid),
+            rows.r[0].addr.eq(out),
+            self.old[n].eq(rows.r[0].data),
+            self.here[n].eq(held != 0),
+        ]
+        m.d.sync += held.eq(held + port.rvalid - self.pop[n])
+        with m.If(port.rvalid):
+            m.d.sync += into.eq(Mux(into == last, 0, into + 1))
+        with m.If(self.pop[n]):
+            m.d.sync += out.eq(Mux(out == last, 0, out + 1))
+        with m.If(self.flush):
+            m.d.sync += [held.eq(0), into.eq(0), out.eq(0)]

@@ -1,4 +1,4 @@
-"""AXI4 as the engine's masters speak it: INCR bursts of whole beats, one ID per master, answers in order.
+"""AXI4 as the engine's masters speak it: INCR bursts of whole beats, answers in order per ID.
 
 Port names are the standard's, so that a third-party model or a vendor's interconnect attaches by prefix.
 Signals that would be constant in this subset (lock, cache, prot, qos, region) are left to the integrator's tie-offs.
@@ -14,6 +14,8 @@ from hw.lib.streams import check_count
 OKAY, SLVERR, DECERR = 0, 2, 3
 BURST_INCR = 1
 LEN_BITS = 8
+WRITE_ID_BITS = 3
+"""Writes carry a number, so that a master tells the answers of several jobs apart."""
 
 FAULT_BITS = 3
 
@@ -40,7 +42,7 @@ def axi_read(addr_bits: int, data_bits: int, id_bits: int = 1) -> wiring.Signatu
     )
 
 
-def axi_write(addr_bits: int, data_bits: int, id_bits: int = 1) -> wiring.Signature:
+def axi_write(addr_bits: int, data_bits: int, id_bits: int = WRITE_ID_BITS) -> wiring.Signature:
     """Write address, write data and write response channels, seen from the master."""
     _check(addr_bits, data_bits, id_bits)
     return wiring.Signature(

@@ -17,7 +17,8 @@ everything but one latency per pass.
 | ROPE, GATE, ADD | the operation -> VB                               |
 | SOFTMAX     | words to the softmax unit -> A8 groups, scale table   |
 
-`fresh` replaces the scan: every write to VB collects the extremes of its vector, and they are replayed.
+`fresh` replaces the scan: every write to VB collects the extremes of its vector, and they are replayed. In ROPE, GATE
+and ADD it continues the vectors that the instruction before wrote: their extremes join.
 """
 
 from amaranth import Cat, EnableInserter, Module, Mux, Signal, signed, unsigned
@@ -153,7 +154,9 @@ class VectorUnit(wiring.Component):
         them in order: the vectors of the first pass (at once if they are fresh), then for NORM those of the second.
         """
         op, request, result = walker.op, scalars.i, scalars.o
-        m.submodules.extremes = extremes = TypedMemory(Extremes, VECTORS_MAX, asynchronous_read=True)
+        m.submodules.extremes = extremes = TypedMemory(
+            Extremes, VECTORS_MAX, read_ports=2, asynchronous_read=True
+        )
         m.submodules.totals = totals = TypedMemory(SUM, VECTORS_MAX, asynchronous_read=True)
         m.submodules.factors = factors = TypedMemory(
             LaneScalars, VECTORS_MAX, read_ports=3, asynchronous_read=True
@@ -162,11 +165,15 @@ class VectorUnit(wiring.Component):
         available, fed, known = (Signal(COUNT, name=name) for name in ("available", "fed", "known"))
         index, second = Signal(8), Signal()
         main = reducer.o.p.tag.stage == Pass.MAIN
+        least, most, before = reducer.o.p.least, reducer.o.p.most, extremes.r[1].data
+        joins = reducer.o.p.tag.joins
+        below, above = joins & (before.least < least), joins & (before.most > most)
         m.d.comb += [
             reducer.o.ready.eq(1),
             extremes.w.addr.eq(reducer.o.p.tag.vector),
-            extremes.w.data.least.eq(reducer.o.p.least),
-            extremes.w.data.most.eq(reducer.o.p.most),
+            extremes.r[1].addr.eq(reducer.o.p.tag.vector),
+            extremes.w.data.least.eq(Mux(below, before.least, least)),
+            extremes.w.data.most.eq(Mux(above, before.most, most)),
             extremes.w.en.eq(reducer.o.valid & (reducer.o.p.tag.stage != Pass.SQUARE)),
             totals.w.addr.eq(reducer.o.p.tag.vector),
             totals.w.data.eq(reducer.o.p.total),

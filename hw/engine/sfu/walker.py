@@ -9,6 +9,8 @@ from golden.spec.formats import ATTN_TILE
 from hw.engine.interfaces import VB_ADDR, VectorOp
 from hw.engine.sfu.fetch import fetch_request
 
+JOINING = (Op.ROPE, Op.GATE, Op.ADD)
+"""Instructions whose `fresh` continues the vectors of the one before."""
 ADDRESS_SUM = 25
 """An address before it is checked: the last vector may start 255 * 65535 words behind the first."""
 
@@ -26,7 +28,8 @@ class Beat(data.StructLayout):
 
     `vector`: its index; `ordinal`: vectors before it in all passes but the scan; `mask`: elements that count (SOFTMAX:
     live slots); `dst`: VB word, or A8 group; `slot`: word within its group of 32; `first`, `last`: first and last word
-    of the vector; `first_tile`: among its first 32 elements; `final`: last word of the instruction.
+    of the vector; `first_tile`: among its first 32 elements; `final`: last word of the instruction; `joins`: the vector
+    goes on where the instruction before ended it.
     """
 
     def __init__(self, lanes: int):
@@ -42,6 +45,7 @@ class Beat(data.StructLayout):
                 "first_tile": unsigned(1),
                 "last": unsigned(1),
                 "final": unsigned(1),
+                "joins": unsigned(1),
             }
         )
 
@@ -138,6 +142,8 @@ class Walker(wiring.Component):
             flag = Signal(name=f"is_{name}")
             m.d.sync += flag.eq(is_op(code, *ops))
             setattr(self, f"_is_{name}", flag)
+        self._joins = Signal()
+        m.d.sync += self._joins.eq(is_op(code, *JOINING) & self.op.fresh)
 
     def _state(self) -> None:
         """Where the walk stands; everything is a register, so that a beat is a few gates behind it.
@@ -178,6 +184,7 @@ class Walker(wiring.Component):
             out.tag.first.eq(self._first),
             out.tag.first_tile.eq(self._first_tile),
             out.tag.last.eq(last_word),
+            out.tag.joins.eq(self._joins),
             out.tag.final.eq(last_word & last_vector & main),
             out.tag.mask.eq(below["count"] & (live | ~self._is_softmax.replicate(lanes))),
         ]

@@ -78,8 +78,12 @@ def test_fresh_operands_give_the_same_bits_in_fewer_cycles(name):
         machine.kv.clear()
 
     reader = readers[name] | ({"dst_stride": 2} if name in ("quant", "rectify") else {})
+    half = writer | {"count": writer["count"] // 2}
+    rest = {name: half[name] + half["count"] // lanes for name in ("addr", "addr_b", "dst")}
+    pieces = [half, half | rest | {"fresh": 1}]
     machine.run([writer, reader, snapshot, writer, reader | {"fresh": 1}, snapshot])
-    assert seen[0] == seen[1]
+    machine.run([*pieces, reader | {"fresh": 1}, snapshot])
+    assert seen[0] == seen[1] == seen[2]
     assert machine.cycles[3] < machine.cycles[1]
 
 

@@ -34,9 +34,11 @@ HEAD_RING = 8
 """Places that the pieces take in turn: the tokens of as many fit both counters between array and DMA, else each unit
 could wait for the other to take one."""
 ROW_PIECES = 4
+"""Pieces of a product at most that the vector unit takes up piece by piece."""
 TAIL_SHARE = 16
+"""Part of the rows, at least one row block, in the last piece: what the vector unit does with it is not hidden."""
 PIECE_HEADS = 8
-"""Most pieces in which V is quantised and stored in decode: every one costs instructions."""
+"""KV heads at most whose V is quantised at once: their scales are read back while the next are stored."""
 
 
 @dataclass(frozen=True)

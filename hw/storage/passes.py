@@ -214,12 +214,12 @@ class Requester(wiring.Component):
     """Wanted pages into reads: asks the firmware's maps, checks the answer, and enters every page into the ledger.
 
     Ports: `want` in order; `request` to the firmware, `descriptor` its answers in the same order; `read` to the flash
-    side; `ledger` per kernel; `config` bounds. A page whose want already has a status asks nobody. Group-buffer pages
-    are read from the port behind the last flash channel.
+    side; `ledger` per kernel; `config` bounds. Up to `asked_depth` pages wait for their answers. A page whose want
+    already has a status asks nobody. Group-buffer pages are read from the port behind the last flash channel.
     """
 
-    def __init__(self, channels: int, ledger_depth: int = 512):
-        self._channels, self._depth = channels, ledger_depth
+    def __init__(self, channels: int, ledger_depth: int = 512, *, asked_depth: int = 64):
+        self._channels, self._depth, self._asked_depth = channels, ledger_depth, asked_depth
         super().__init__(
             {
                 "config": In(layout_of(CONFIG)),
@@ -233,7 +233,7 @@ class Requester(wiring.Component):
 
     def elaborate(self, platform):
         m = Module()
-        m.submodules.pending = pending = StreamFIFO(WANT, 64)
+        m.submodules.pending = pending = StreamFIFO(WANT, self._asked_depth)
         want = self.want.p
         silent = want.ledger.status != 0
         m.d.comb += [

@@ -1,4 +1,4 @@
-"""Closed-form cycle counts of the in-storage unit, held against the RTL by tests/rtl/test_storage_{kernel,unit}.py.
+"""Closed-form cycle counts of a kernel, held against the RTL by tests/rtl/test_storage_kernel.py; a batch: `batch`.
 
 Cycles are counted from the cycle in which the first beat is accepted to the cycle in which the last output is
 valid, both included, with nothing outside the block stalling.
@@ -9,10 +9,7 @@ from math import ceil
 from golden.spec.storage import (
     BEAT_ELEMENTS,
     GROUP_TOKENS,
-    PAGE_BEATS,
-    PAGE_BYTES,
     check_head_size,
-    token_pages,
 )
 from hw.storage import normalise
 from hw.storage.lane import P_STORE_LATENCY, TOTAL_TIME, score_time
@@ -51,33 +48,3 @@ def kernel_head(tokens: int, head_size: int, queries: int) -> int:
         if group:
             now = max(now, scored[group - 1]) + head_size
     return now - 1 + TOTAL_TIME + 1 + normalise.cycles(queries, head_size)
-
-
-def dense_batch(
-    heads: int,
-    tokens: int,
-    head_size: int,
-    *,
-    channels: int = 8,
-    clock_mhz: int = 285,
-    channel_mb_per_s: int = 1400,
-    first_page_cycles: int = 0,
-) -> float:
-    """A batch of dense heads through the whole unit, from the first command to the last completion.
-
-    The channels stream without a gap behind the first page (`first_page_cycles`: maps, command, array and ECC time of
-    it), unless the two kernels are slower; behind the last page come its V beats, the adders and the normaliser.
-    """
-    pages = 2 * token_pages(tokens, head_size) * heads
-    page_cycles = PAGE_BYTES * clock_mhz / channel_mb_per_s
-    flash = ceil(pages / channels) * page_cycles
-    kernels = ceil(heads / 2) * kernel_head(tokens, head_size, 1)
-    tail = PAGE_BEATS + TOTAL_TIME + normalise.cycles(1, head_size)
-    return first_page_cycles + max(flash, kernels) + tail
-
-
-def sparf_bound(
-    pages: int, *, channels: int = 8, clock_mhz: int = 285, channel_mb_per_s: int = 1400
-) -> float:
-    """The least time for the pages of both rounds of SparF on evenly filled channels."""
-    return pages * PAGE_BYTES * clock_mhz / (channels * channel_mb_per_s)

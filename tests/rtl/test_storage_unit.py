@@ -9,7 +9,6 @@ from golden.spec import KVStrataError
 from golden.spec.storage import ATTEND, CONFIG, PPN, PageKind, Status
 from golden.storage import attention
 from golden.storage.layout import Geometry
-from hw.storage import timing
 from sw_stack.rtl.storage import Cache, Job, Step, UnitConfig, config_record, run, run_steps
 
 pytestmark = pytest.mark.rtl
@@ -259,15 +258,6 @@ def test_special_values_are_those_of_golden(sparse):
             jobs.append(job)
             data.append((k, v))
         assert_all(run(cache, jobs, SMALL, **FAST), jobs, data)
-
-
-@pytest.mark.parametrize("head_size", [64, 128])
-def test_dense_batch_takes_the_predicted_time(head_size):
-    cache, jobs, _ = batch(13, [512] * 8, head_size, tail_in_dram=False)
-    result = run(cache, jobs, SMALL, read_ns=5000)
-    first = 285 * (5000 + 300 + 1000) // 1000 + 60
-    predicted = timing.dense_batch(8, 512, head_size, channels=2, first_page_cycles=first)
-    assert result.cycles == pytest.approx(predicted, rel=0.03)
 
 
 def test_counters_add_up():

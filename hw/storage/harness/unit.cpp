@@ -9,7 +9,8 @@
 // RESULTS: text, a line per event: "o KERNEL ID QUERY ELEMENT BITS", "m ID QUERY MAXIMUM SUM" with a query's element 0, "c CYCLE ID SEQUENCE HEAD STATUS FIELD INDEX",
 // "s STATUS FIELD" for a config, "r CHANNEL PAGE" for a read, "n CYCLES" and "k COUNTER..." at the end. Flash parameters are those of FlashParams;
 // pause_out and pause_map are percentages of idle cycles, map_latency cycles from a request to its answer, pause_seed,
-// reset_cycles (hw/storage/timing.py).
+// reset_cycles (hw/storage/timing.py). Gives up after `limit` cycles, or 400,000 in which no page is asked for or moves and
+// nothing comes out.
 // (Verilator writes a double underscore as ___05F.)
 #include <cstdint>
 #include <cstdio>
@@ -63,7 +64,7 @@ static uint64_t bits(const uint32_t* words, unsigned lsb, unsigned width) {
 int main(int argc, char** argv) {
   if (argc < 6) return 2;
   FlashParams params;
-  long pause_out = 0, pause_map = 0, map_latency = 40, seed = 1, limit = 4000000, dram_mb = 4000, reset_cycles = 1;
+  long pause_out = 0, pause_map = 0, map_latency = 40, seed = 1, limit = 40000000, dram_mb = 4000, reset_cycles = 1;
   for (int n = 6; n < argc; n++) {
     const std::string word = argv[n], name = word.substr(0, word.find('='));
     const long value = std::stol(word.substr(word.find('=') + 1));
@@ -206,6 +207,7 @@ int main(int argc, char** argv) {
     for (size_t n = 0; n < ports.size(); n++) {
       const bool commanded = *ports[n].command_valid && *ports[n].command_ready;
       if (commanded) std::fprintf(out, "r %zu %u\n", n, *ports[n].command);
+      if (commanded || (channels[n]->valid() && *ports[n].beat_ready)) last = cycle;
       channels[n]->tick(commanded, *ports[n].command, *ports[n].beat_ready);
     }
     auto output = [&](int kernel, uint8_t valid, uint8_t ready, uint64_t word, const uint32_t* softmax) {

@@ -1,10 +1,12 @@
 """Properties of the page passes, for bounded model checking."""
 
-from amaranth import Module, Signal, Value
+from amaranth import Cat, Module, Mux, Signal, Value
 from amaranth.hdl import Assert, Assume
+from amaranth.lib import data
 
-from golden.spec.storage import PageKind
-from hw.storage.passes import PAGE_STEP, TokenPass
+from golden.spec.storage import CONFIG, PPN, PageKind, Status
+from hw.storage.nfc.layouts import layout_of
+from hw.storage.passes import LEDGER, PAGE_STEP, WANT, Requester, TokenPass
 from tests.hw.formal.harness import Proof, producer, stable
 
 
@@ -60,4 +62,112 @@ class TokenPassProof(Proof):
             m.d.sync += [older.eq(newer), older_due.eq(newer_due), newer_due.eq(0)]
             with m.If(final):
                 m.d.sync += [begun.eq(0), ended.eq(0)]
+        return m
+
+
+class RequesterProof(Proof):
+    """One wanted page, picked freely: the firmware is asked for it unless it has a fault already; it is read once,
+    where the answer says and with its own marks, if and only if nothing is wrong with it; its entry leaves its own
+    kernel's ledger in its turn, with its own fields and the reason why it is not read."""
+
+    CHANNELS, IN_FLIGHT = 2, 5
+
+    def __init__(self):
+        free = {
+            "valid": 1,
+            "want": WANT.size,
+            "answer_valid": 1,
+            "answer": 34,
+            "limits": layout_of(CONFIG).size,
+        }
+        super().__init__({**free, "request_ready": 1, "read_ready": 1, "ledger_ready": 2, "pick": 1})
+
+    def elaborate(self, platform):
+        m = Module()
+        m.submodules.dut = dut = Requester(self.CHANNELS, ledger_depth=4, asked_depth=2)
+        producer(m, dut.want, self.valid, self.want)
+        producer(m, dut.descriptor, self.answer_valid, self.answer)
+        limits, live = Signal.like(self.limits), Signal()
+        m.d.sync += [limits.eq(self.limits), live.eq(1)]
+        with m.If(live):
+            m.d.comb += Assume(self.limits == limits)
+        m.d.comb += [
+            Value.cast(dut.config).eq(self.limits),
+            dut.request.ready.eq(self.request_ready),
+            dut.read.ready.eq(self.read_ready),
+            *(dut.ledger[n].ready.eq(self.ledger_ready[n]) for n in range(2)),
+        ]
+        for port in (dut.request, dut.read, *dut.ledger):
+            stable(m, port.valid, port.ready, port.payload)
+
+        taken = dut.want.valid & dut.want.ready
+        silent = dut.want.p.ledger.status != 0
+        asked, answered = dut.request.valid & dut.request.ready, dut.descriptor.valid & dut.descriptor.ready
+        read = dut.read.valid & dut.read.ready
+        m.d.comb += Assert(asked == (taken & ~silent))
+        watching, due, page = (
+            Signal(),
+            Signal(),
+            Signal(WANT),
+        )  # `due`: the watched page still waits for its answer
+        status, known = Signal(4), Signal()
+        requests, ahead = (
+            Signal(range(16)),
+            Signal(range(16)),
+        )  # requests without an answer; those before the watched
+        m.d.comb += Assume(~answered | (requests != 0) | asked)  # the firmware answers what it was asked
+        m.d.sync += requests.eq(requests + asked - answered)
+        entries = [Signal(range(16), name=f"entries_{n}") for n in range(2)]  # of a kernel, under way
+        position = Signal(range(16))
+        left = [port.valid & port.ready for port in dut.ledger]
+        for n in range(2):
+            m.d.sync += entries[n].eq(entries[n] + (taken & (dut.want.p.kernel == n)) - left[n])
+        m.d.comb += [Assume(entries[n] <= self.IN_FLIGHT) for n in range(2)]
+        mine = Mux(page.kernel, left[1], left[0])
+        with m.If(taken & self.pick & ~watching):
+            kernel = dut.want.p.kernel
+            m.d.sync += [
+                watching.eq(1),
+                page.eq(dut.want.payload),
+                due.eq(~silent),
+                known.eq(silent),
+                status.eq(dut.want.p.ledger.status),
+                ahead.eq(requests - answered),
+                position.eq(Mux(kernel, entries[1] - left[1], entries[0] - left[0])),
+            ]
+        with m.Elif(watching):
+            with m.If(mine):
+                m.d.sync += position.eq(position - 1)
+                with m.If(position == 0):
+                    m.d.comb += [Assert(known), Assert(~due)]
+                    m.d.sync += watching.eq(0)
+            with m.If(answered & due):
+                m.d.sync += ahead.eq(ahead - 1)
+                with m.If(ahead == 0):
+                    answer = dut.descriptor.p
+                    place = data.View(layout_of(PPN), answer.ppn)
+                    config = dut.config
+                    inside = (place.channel < config.channels) & (place.die < config.dies)
+                    inside &= (place.block < config.blocks) & (place.page < config.pages)
+                    good = answer.mapped & (answer.dram | inside)
+                    m.d.sync += [due.eq(0), known.eq(1)]
+                    m.d.sync += status.eq(
+                        Mux(good, 0, Mux(answer.mapped, Status.OUTSIDE_DEVICE, Status.UNMAPPED_PAGE))
+                    )
+                    m.d.comb += Assert(read == good)
+                    with m.If(read):
+                        channel = Mux(answer.dram, self.CHANNELS, place.channel)
+                        m.d.comb += [
+                            Assert(dut.read.p.ppn.channel == channel),
+                            Assert(Value.cast(dut.read.p.ppn)[:28] == answer.ppn[:28]),
+                            Assert(dut.read.p.mask == page.mask),
+                            Assert(dut.read.p.kind == page.ledger.kind),
+                            Assert(dut.read.p.tag[-1] == page.kernel),
+                        ]
+        for n in range(2):
+            with m.If(watching & (page.kernel == n) & (position == 0) & dut.ledger[n].valid):
+                entry, wanted = dut.ledger[n].p, page.ledger
+                same = [entry[name] == wanted[name] for name, _ in LEDGER if name != "status"]
+                m.d.comb += [Assert(Cat(same).all()), Assert(known & (entry.status == status))]
+        m.d.comb += Assert(~read | answered)
         return m

@@ -1,4 +1,4 @@
-"""Formal proof of the page passes; and that it notices broken designs."""
+"""Formal proofs of the page passes and of the requester; and that they notice broken designs."""
 
 import inspect
 import types
@@ -34,3 +34,31 @@ def test_the_proof_notices(name, monkeypatch):
     proof = proofs.TokenPassProof()
     with pytest.raises(ProofFailed):
         prove(proof, "token_pass_mutant", depth=12, induction=False)
+
+
+def test_a_wanted_page_is_asked_for_read_once_and_entered_in_its_ledger():
+    prove(proofs.RequesterProof(), "requesterproof", depth=8, induction=False)
+
+
+REQUESTER_MUTATIONS = {
+    "the group buffer is read from a flash channel": ("ppn.channel.eq(self._channels)", "ppn.channel.eq(0)"),
+    "the last die is outside": ("page.die >= self.config.dies", "page.die + 1 >= self.config.dies"),
+    "a page that is not mapped is read": (
+        "self.read.valid.eq(known & good & room)",
+        "self.read.valid.eq(known & room)",
+    ),
+    "a page enters the other kernel's ledger": ("asked.kernel == kernel", "asked.kernel != kernel"),
+}
+
+
+@pytest.mark.parametrize("name", REQUESTER_MUTATIONS)
+def test_the_requesters_proof_notices(name, monkeypatch):
+    old, new = REQUESTER_MUTATIONS[name]
+    source = inspect.getsource(passes)
+    assert old in source
+    mutant = types.ModuleType(passes.__name__)
+    exec(compile(source.replace(old, new), f"<{name}>", "exec"), mutant.__dict__)
+    monkeypatch.setattr(proofs, "Requester", mutant.Requester)
+    proof = proofs.RequesterProof()
+    with pytest.raises(ProofFailed):
+        prove(proof, "requester_mutant", depth=8, induction=False)

@@ -22,6 +22,8 @@ from sw_stack.drive.rtl_unit import RtlUnit, physical_page
 from sw_stack.drive.shape import TaskShape
 from sw_stack.rtl.storage import UnitConfig
 from sw_stack.runtime.machine import Setup, open_session
+from sw_stack.runtime.session import Session
+from tests.sw_stack.test_rtl_text import predicted
 
 CONFIG = UnitConfig(channels=2, lanes=3, max_tokens=1024)
 SHAPE = TaskShape(layers=1, q_heads=6, kv_heads=2, head_size=64, channels_per_page=8, max_tokens=1024)
@@ -99,13 +101,17 @@ def test_text_shared_by_engine_and_drive_on_rtl(
     """Sinks and window on the engine's RTL, older tokens on the drive's, merged by the host."""
     model, split = layers_of(smollm2, layers), Split(sinks=2, window=3)
     setup = Setup("small", "rtl", "engine+csd", context=64, sparsity=sparsity, split=split, memory="20")
-    _writes_what_golden_writes(model, setup, HybridDecoder(model, split, sparsity=sparsity))
+    session = _writes_what_golden_writes(model, setup, HybridDecoder(model, split, sparsity=sparsity))
+    measured = [result.cycles for _, result in session.runs]
+    for m, p in zip(measured, predicted(session, setup.memory), strict=True):
+        assert abs(p / m - 1) <= 0.02, f"{p} predicted, {m} measured"
 
 
-def _writes_what_golden_writes(model: Checkpoint, setup: Setup, golden: StorageDecoder) -> None:
+def _writes_what_golden_writes(model: Checkpoint, setup: Setup, golden: StorageDecoder) -> Session:
     session, cache, ids = open_session(model, setup), golden.new_cache(), IDS
     try:
         for _ in range(3):
+            session.runs.clear()
             logits = session.forward(ids)
             expected, hidden = _observed(golden, cache, ids)
             assert torch.equal(session.hidden(1)[0], hidden)
@@ -113,6 +119,7 @@ def _writes_what_golden_writes(model: Checkpoint, setup: Setup, golden: StorageD
             ids = [int(argmax_lowest(logits))]
     finally:
         session.device.close()
+    return session
 
 
 def _observed(golden: StorageDecoder, cache: Any, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:

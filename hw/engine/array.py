@@ -6,8 +6,9 @@ A pair of rows owns 32 multipliers of 27 x 18 bits, and each does two multiply-a
   concatenation. A chain of eight sums to 19 bits a field (8 * 255 * 127 < 2**18), one more than there is room for: the
   upper field's lowest bit, which is known without it (the parity of the products' lowest bits), tells the overlap.
 - 2:4: `(a1 + a2 * 2**15) * (w2 + w1 * 2**15)`: nothing is shared, the middle field is `a1 * w1 + a2 * w2` (pair-dot).
-  a1 enters as a1 + 128, so that this operand too is a concatenation; `128 * sum(w1)` is taken off again, and w1 is odd,
-  so the borrow of a negative w2 just clears its lowest bit.
+  Activations enter as a + 128, so that this operand too is a concatenation; `128 * sum(w)` is taken off again. Weights
+  are 2 c - 3 = (2 c + 1) - 4 of their codes: the pre-adder takes the four off, and its gate chooses between them and
+  the activation of a dense step, so that the second operand needs no LUT at all.
 
 The weight operands stay while activation vectors pass: matrix-vector is the case of one vector.
 
@@ -23,7 +24,7 @@ from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
 from golden.spec.engine import STEP
-from hw.lib.arith import round_half
+from hw.lib.arith import shift_left
 
 CHAIN = 8
 HOPS = 4
@@ -31,7 +32,8 @@ HOPS = 4
 FIELD = 18
 PAIR_FIELD = 15
 SUM_BITS = 2 * FIELD + 2
-DOT_BITS = 22
+DOT_BITS = 21
+"""32 * 255 * 127 < 2**20."""
 QUADS = STEP // 2
 """Quads of a full row."""
 
@@ -49,6 +51,19 @@ def _selects(patterns, sparse):
     return first, tuple(bit & ~dense for bit in second)
 
 
+SPARSE_SHARED = 0xFC
+"""What `shared` holds in a 2:4 step: -4, which the codes of both weights are short of."""
+
+
+def shared_operand(acts: Value, sparse: Value) -> Value:
+    """`LanePair.shared` from the activations of a dense step: the same for every pair, so that it is made once.
+
+    A position is 9 bits: the activation and bit 17 of its sign extension. In a 2:4 step it is -4 - 4 * 2**15.
+    """
+    positions = [acts[8 * j : 8 * j + 8] for j in range(len(acts) // 8)]
+    return Cat(Cat(Mux(sparse, SPARSE_SHARED, act)[:8], act[7] & ~sparse) for act in positions)
+
+
 @dataclass(frozen=True)
 class Operands:
     """What a multiplier chooses its two operands from."""
@@ -58,14 +73,19 @@ class Operands:
     sparse: Value
     acts: list[Value]
     weights: tuple[Value, Value]
-    kept: Value
-    dense: Value
+    codes: tuple[Value, Value]
+    shared: Value
 
     def sparse_x(self) -> Value:
-        """a1 + 128 + a2 * 2**15."""
+        """a1 + 128 + (a2 + 128) * 2**15."""
         one = Mux(self.first == 0, self.acts[0], Mux(self.first == 1, self.acts[1], self.acts[2]))
         two = Mux(self.second == 1, self.acts[1], Mux(self.second == 2, self.acts[2], self.acts[3]))
-        return Cat(one ^ 0x80, Const(0, 7), two, two[7].replicate(4)).as_signed()
+        return Cat(one ^ 0x80, Const(0, 7), two ^ 0x80, Const(0, 4)).as_signed()
+
+    def sparse_y(self) -> Value:
+        """w2 + w1 * 2**15; weights are odd, so the borrow of a negative w2 just clears the lowest bit of w1."""
+        (c1, c2) = self.codes
+        return Cat(Const(1, 1), c2[0], (~c2[1]).replicate(13), c2[1], c1[0], ~c1[1]).as_signed()
 
     def dense_x(self) -> Value:
         """w1 + w2 * 2**18."""
@@ -73,11 +93,11 @@ class Operands:
 
     def dense_y(self) -> Value:
         """The activation of both rows."""
-        return self.dense.as_signed()
+        return self.shared[:8].as_signed()
 
-    def selected(self, m) -> tuple[Value, Value]:
-        """Both operands by the selects alone, which read the weights where a step is dense: one LUT per bit."""
-        low, high = Signal(8, name="low"), Signal(12, name="high")
+    def selected(self, m) -> Value:
+        """The first operand by the selects alone, which read the weights where a step is dense: one LUT per bit."""
+        low, high = Signal(8, name="low"), Signal(8, name="high")
         with m.Switch(self.first):
             for i in range(3):
                 with m.Case(i):
@@ -87,23 +107,29 @@ class Operands:
         with m.Switch(self.second):
             for i in range(1, 4):
                 with m.Case(i):
-                    m.d.comb += high.eq(Cat(self.acts[i], self.acts[i][7].replicate(4)))
+                    m.d.comb += high.eq(self.acts[i] ^ 0x80)
             with m.Default():
-                m.d.comb += high.eq(Cat(Const(0, 3), self.weights[1]))
-        y = Mux(self.sparse, self.kept, self.dense_y())
-        return Cat(low, Const(0, 7), high).as_signed(), y[:FIELD].as_signed()
+                m.d.comb += high.eq(Cat(Const(0, 3), self.weights[1][:5]))
+        return Cat(low, Const(0, 7), high, self.weights[1][5:], Const(0, 1))
+
+    def halves(self) -> tuple[Value, Value]:
+        """Two terms of the second operand, both nothing but wires: in a 2:4 step their sum, else the first alone."""
+        c1, c2 = self.codes
+        codes = Cat(Const(1, 1), c2, Const(0, 12), Const(1, 1), c1)
+        return Cat(self.shared[:8], self.shared[7].replicate(9), self.shared[8]), codes
 
 
 class LanePair(wiring.Component):
     """Dot products of two output rows with 32 (dense) or 64 (2:4) activations per cycle.
 
     `load` takes a weight step; it is used from the next cycle on, with the `acts` of that cycle. `correction` (what the
-    offset of dense codes added: 128 * sum of the activations, or 0) comes `latency - 1` cycles after its activations.
+    offset of dense codes takes: -128 * sum of the activations, or 0) comes `latency - 1` cycles after its activations.
     `dots` of the activations of cycle t are valid in cycle t + `latency` if `valid` was high in cycle t; stages
     without work stand still.
 
-    `planes[p]`: row r and position k at bit `(r * 32 + k) * 2`. `patterns[j]`: bit j of a pattern at `r * 16 + quad`.
-    `dense_acts`: the 32 activations of a dense step; `acts`: the 64 of a 2:4 step.
+    `planes[p]`: row r and position k at bit `(r * 32 + k) * 2`; a 2:4 step has plane 0 alone, the others zero.
+    `patterns[j]`: bit j of a pattern at `r * 16 + quad`. `shared`: `shared_operand` of the 32 activations of a dense
+    step, or of none; `acts`: the 64 of a 2:4 step.
     """
 
     latency = 5
@@ -120,7 +146,7 @@ class LanePair(wiring.Component):
                 "sparse": In(1),
                 "planes": In(data.ArrayLayout(unsigned(4 * positions), 4)),
                 "patterns": In(data.ArrayLayout(unsigned(positions), 3)),
-                "dense_acts": In(8 * positions),
+                "shared": In(9 * positions),
                 "acts": In(16 * positions),
                 "correction": In(signed(DOT_BITS)),
                 "dots": Out(data.ArrayLayout(signed(DOT_BITS), 2)),
@@ -177,53 +203,64 @@ class LanePair(wiring.Component):
     def _operands(self, j, weights, first, second, sparse):
         """What multiplier j gets, in front of its registers."""
         row, quad = divmod(j, self._positions // 2)
-        c1, c2 = weights[row][2 * quad], weights[row][2 * quad + 1]
-        acts = [self.acts[32 * quad + 8 * i : 32 * quad + 8 * i + 8] for i in range(4)]
-        kept = Cat(Const(1, 1), c2[0], (~c2[1]).replicate(13), c2[1], c1[0], ~c1[1])
         return Operands(
             first=first,
             second=second,
             sparse=sparse,
-            acts=acts,
+            acts=[self.acts[32 * quad + 8 * i : 32 * quad + 8 * i + 8] for i in range(4)],
             weights=(weights[0][j], weights[1][j]),
-            kept=kept.as_signed(),
-            dense=self.dense_acts[8 * j : 8 * j + 8],
+            codes=(weights[row][2 * quad][:2], weights[row][2 * quad + 1][:2]),
+            shared=self.shared[9 * j : 9 * j + 9],
         )
 
     def _correction(self, m, weights, sparse):
-        """What to take off each row, aligned with the chain sums, and the mode there."""
-        mode = sparse
-        rows = [sum(weights[r][2 * q][:2] for q in range(self._positions // 2)) for r in range(2)]
+        """What to add to each row, aligned with the chain sums, and the mode there; a 2:4 step: -128 * sum(2 c - 3)."""
+        mode, half = sparse, 3 * self._positions // 2
+        rows = [(sum(~w[:2] & 3 for w in weights[r]) - half)[:8].as_signed() for r in range(2)]
         for stage in range(self.latency - 1):
-            delayed = [Signal(6, name=f"codes_{r}_{stage}", reset_less=True) for r in range(2)]
+            delayed = [Signal(signed(8), name=f"codes_{r}_{stage}", reset_less=True) for r in range(2)]
             later = Signal(name=f"sparse_{stage}", reset_less=True)
             with m.If(mode):
                 m.d.sync += [d.eq(r) for d, r in zip(delayed, rows)]
             m.d.sync += later.eq(mode)
             rows, mode = delayed, later
-        bias = 128 * 3 * (self._positions // 2)
-        sparse_terms = [Cat(Const(0, 8), codes, Const(0, 1)).as_signed() - bias for codes in rows]
-        return [Mux(mode, term, self.correction) for term in sparse_terms], mode
+        return [Mux(mode, shift_left(row, 8), self.correction) for row in rows], mode
 
     def _dots(self, m, sums, parities, corrections, enable):
+        """Adds the fields of all chains: a row's own chains in a 2:4 step, its field of every chain in a dense one.
+
+        What rounds a field is a carry of the adder that takes it: no field is corrected in front.
+        """
         terms, sparse = corrections
-        middle = [round_half(total[PAIR_FIELD - 1 : 2 * PAIR_FIELD].as_signed()) for total in sums]
-        middle = [value[:PAIR_FIELD].as_signed() for value in middle]
         # The lower field's top bit lies on the upper field's lowest one.
         tops = [total[FIELD] ^ parity for total, parity in zip(sums, parities)]
-        low = [Cat(total[:FIELD], top).as_signed() for total, top in zip(sums, tops)]
-        high = [(total[FIELD:].as_signed() + top)[: FIELD + 1].as_signed() for total, top in zip(sums, tops)]
-        half = len(sums) // 2
-        zero = Const(0, signed(1))
-        rows = [
-            [Mux(sparse, middle[q] if q < half else zero, low[q]) for q in range(len(sums))],
-            [Mux(sparse, middle[q] if q >= half else zero, high[q]) for q in range(len(sums))],
+        dense = [
+            [(Cat(total[:FIELD], top).as_signed(), Const(0, 1)) for total, top in zip(sums, tops)],
+            [(total[FIELD:].as_signed(), top) for total, top in zip(sums, tops)],
         ]
-        dots = [Signal(signed(DOT_BITS), name=f"dot_{r}", reset_less=True) for r in range(2)]
+        half = len(sums) // 2
         for r in range(2):
-            m.d.comb += self.dots[r].eq(dots[r])
+            own, other = slice(half * r, half * (r + 1)), slice(half * (1 - r), half * (2 - r))
+            fields = [
+                (
+                    Mux(sparse, total[PAIR_FIELD : 2 * PAIR_FIELD].as_signed(), field),
+                    Mux(sparse, total[PAIR_FIELD - 1], carry),
+                )
+                for total, (field, carry) in zip(sums[own], dense[r][own])
+            ]
+            fields += [(Mux(sparse, 0, field), carry & ~sparse) for field, carry in dense[r][other]]
+            (total, carry), *rest = fields
+            for field, next_carry in [*rest, (terms[r], Const(0, 1))]:
+                total, carry = _add(total, field, carry), next_carry
+            dot = Signal(signed(DOT_BITS), name=f"dot_{r}", reset_less=True)
             with m.If(enable):
-                m.d.sync += dots[r].eq(sum(rows[r]) - terms[r])
+                m.d.sync += dot.eq(total)
+            m.d.comb += self.dots[r].eq(dot)
+
+
+def _add(a: Value, b: Value, carry: Value) -> Value:
+    """`a + b + carry` of signed values in one adder, whose lowest bit makes the carry."""
+    return (Cat(Const(1, 1), a).as_signed() + Cat(carry, b).as_signed())[1 : 1 + DOT_BITS].as_signed()
 
 
 def _chain(m, index, operands, enables):
@@ -237,7 +274,7 @@ def _chain(m, index, operands, enables):
             product = Signal(SUM_BITS, name=f"product_{index}_{j}", reset_less=True)
             o = operands[j]
             with m.If(enables[0] & o.sparse):
-                m.d.sync += [x.eq(o.sparse_x()), y.eq(o.kept)]
+                m.d.sync += [x.eq(o.sparse_x()), y.eq(o.sparse_y())]
             with m.Elif(enables[0]):
                 m.d.sync += [x.eq(o.dense_x()), y.eq(o.dense_y())]
             with m.If(enables[1]):
@@ -253,43 +290,45 @@ def _chain(m, index, operands, enables):
     return total
 
 
-_MULTIPLY_ADD = {"USE_MULT": "MULTIPLY", "AMULTSEL": "A", "BMULTSEL": "B", "MREG": 1}
+_MULTIPLY_ADD = {"USE_MULT": "MULTIPLY", "AMULTSEL": "A", "BMULTSEL": "AD", "PREADDINSEL": "B", "MREG": 1, "BREG": 1,
+                 "BCASCREG": 1, "DREG": 1, "INMODEREG": 1}  # fmt: skip
 _UNUSED_REGISTERS = (
-    "ADREG",
     "CREG",
-    "DREG",
-    "INMODEREG",
     "OPMODEREG",
     "ALUMODEREG",
     "CARRYINREG",
     "CARRYINSELREG",
 )
-_ZERO = {"D": 27, "C": 48, "INMODE": 5, "ALUMODE": 4, "CARRYIN": 1, "CARRYINSEL": 3, "CEAD": 1, "CEALUMODE": 1,
-         "CEC": 1, "CECARRYIN": 1, "CECTRL": 1, "CED": 1, "CEINMODE": 1, "RSTA": 1, "RSTALLCARRYIN": 1, "RSTALUMODE": 1,
-         "RSTB": 1, "RSTC": 1, "RSTCTRL": 1, "RSTD": 1, "RSTINMODE": 1, "RSTM": 1, "RSTP": 1}  # fmt: skip
+_ZERO = {"C": 48, "ALUMODE": 4, "CARRYIN": 1, "CARRYINSEL": 3, "CEALUMODE": 1, "CEB1": 1, "CEC": 1, "CECARRYIN": 1,
+         "CECTRL": 1, "RSTA": 1, "RSTALLCARRYIN": 1, "RSTALUMODE": 1, "RSTB": 1, "RSTC": 1, "RSTCTRL": 1, "RSTD": 1,
+         "RSTINMODE": 1, "RSTM": 1, "RSTP": 1}  # fmt: skip
 
 
 def _cascade(m, index, operands, enables):
-    """The same on a cascade of DSP48E2: the second four operands wait in a second operand register."""
+    """The same on a cascade of DSP48E2: the second four operands wait in a second register, that of the pre-adder for
+    the second operand. The pre-adder adds the codes (port B) to what all pairs share (port D), or a gate drops them."""
     above, total = Const(0, 48), Signal(48, name=f"cascade_{index}")
     for j, choice in enumerate(operands):
-        x, y = choice.selected(m)
+        x, (shared, codes) = choice.selected(m), choice.halves()
         ends = (j + 1) % HOPS == 0
         below = Signal(48, name=f"pcout_{index}_{j}")
         depth = 1 + j // HOPS
-        registers = {f"{r}{kind}": depth for r in "AB" for kind in ("REG", "CASCREG")}
-        parameters = {**_MULTIPLY_ADD, **registers, "PREG": int(ends), **dict.fromkeys(_UNUSED_REGISTERS, 0)}
+        registers = {"AREG": depth, "ACASCREG": depth, "ADREG": depth - 1, "PREG": int(ends)}
+        parameters = {**_MULTIPLY_ADD, **registers, **dict.fromkeys(_UNUSED_REGISTERS, 0)}
         m.submodules[f"dsp_{index}_{j}"] = Instance(
             "DSP48E2",
             **{f"p_{k}": v for k, v in parameters.items()},
             **{f"i_{k}": Const(0, n) for k, n in _ZERO.items()},
-            **{f"i_CE{port}1": enables[0] for port in "AB"},
-            **{f"i_CE{port}2": enables[depth - 1] for port in "AB"},
+            **{f"i_CE{port}": enables[0] for port in ("A1", "B2", "D", "INMODE")},
+            i_CEA2=enables[depth - 1],
+            i_CEAD=enables[depth - 1],
             i_CEM=enables[depth],
             i_CEP=enables[depth + 1],
             i_CLK=ClockSignal(),
-            i_A=Cat(x, x[-1].replicate(3)),
-            i_B=y,
+            i_A=Cat(x, Const(0, 3)),
+            i_B=codes,
+            i_D=Cat(shared, shared[-1].replicate(9)),
+            i_INMODE=Cat(Const(0, 1), ~choice.sparse, Const(0b001, 3)),
             i_OPMODE=Const(0b00_001_01_01 if j else 0b00_000_01_01, 9),
             i_PCIN=above,
             o_PCOUT=below,
@@ -303,7 +342,7 @@ def _parity(m, index, operands):
     """Lowest bit of a dense chain's upper field, with the chain's sum."""
     odd = Const(0, 1)
     for o in operands:
-        odd = odd ^ (o.weights[1][0] & o.dense[0])
+        odd = odd ^ (o.weights[1][0] & o.shared[0])
     for stage in range(LanePair.latency - 1):
         later = Signal(name=f"odd_{index}_{stage}", reset_less=True)
         m.d.sync += later.eq(odd)

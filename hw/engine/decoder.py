@@ -87,20 +87,29 @@ class ChannelPlanes(wiring.Component):
         waiting, current = Signal(WORD_BITS, reset_less=True), Signal(WORD_BITS, reset_less=True)
         with m.If(c.take_code):
             m.d.sync += waiting.eq(self.word)
-        planes = {Codes.U8: 4, Codes.U4: 2, Codes.U2: 1, Codes.S24: 1}
+        counts = {Codes.U8: 4, Codes.U4: 2, Codes.U2: 1, Codes.S24: 1}
         with m.If(c.emit), m.Switch(c.codes):
-            for codes, count in planes.items():
-                taken = min(count, per_word)
+            for codes, count in counts.items():
                 with m.Case(codes):
-                    m.d.sync += current.eq(current >> (taken * plane))
-                    for chunk in range(count // taken):
-                        with m.If(c.chunk == chunk):
-                            for p in range(taken):
-                                m.d.sync += self.step.planes[chunk * taken + p].eq(
-                                    current[p * plane :][:plane]
-                                )
-                    for p in range(count, 4):
-                        m.d.sync += self.step.planes[p].eq(0)
+                    if count < per_word:
+                        m.d.sync += current.eq(current >> (count * plane))
+        for p, register in enumerate(self.step.planes):
+            # A plane comes at one place of a word in every format that has it; the others clear it. Two plain controls,
+            # so that synthesis uses the registers' enable and reset and no LUT per bit.
+            loads, clears = Signal(name=f"loads_{p}"), Signal(name=f"clears_{p}")
+            source = p % min(per_word, max(counts.values()))
+            for codes, count in counts.items():
+                if p < count:
+                    taken = min(count, per_word)
+                    with m.If((c.codes == codes) & (c.chunk == p // taken)):
+                        m.d.comb += loads.eq(c.emit)
+                else:
+                    with m.If(c.codes == codes):
+                        m.d.comb += clears.eq(c.emit)
+            with m.If(clears):
+                m.d.sync += register.eq(0)
+            with m.Elif(loads):
+                m.d.sync += register.eq(current[source * plane :][:plane])
         with m.If(c.next_code):
             m.d.sync += current.eq(waiting)
 

@@ -2,17 +2,19 @@
 
 import enum
 
-from amaranth import Cat, Const, Module, Mux, Signal, signed
+from amaranth import Cat, Const, Module, Mux, Signal, Value, signed
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
 from golden.spec.formats import ATTN_ACC_BITS
 from hw.engine.array import DOT_BITS, LanePair
-from hw.lib.arith import Multiples, digit_product, multiples
+from hw.lib.arith import digit_product, one_of_four, resize, shift_left, thrice
 from hw.lib.memories import TypedMemory
+from hw.lib.pipeline import Pipe
 
 BANKS = 2
 ADDEND_BITS = 52
+SUM_BITS = 14
 
 
 class Half(data.Struct):
@@ -23,24 +25,24 @@ class Half(data.Struct):
     sign: 1
 
 
-def mantissa(half):
-    """Signed 12-bit mantissa of a finite fp16: value = mantissa * 2**(half_shift - 24)."""
-    magnitude = Cat(half.fraction, half.exponent != 0, Const(0, 1)).as_signed()
-    return Mux(half.sign, -magnitude, magnitude)[:12].as_signed()
-
-
 def half_shift(half):
-    """Left shift, 0 to 29, that makes the mantissa an integer multiple of 2**-24."""
-    return Mux(half.exponent == 0, 0, half.exponent - 1)[:5]
+    """Left shift, 0 to 29, that makes the mantissa an integer multiple of 2**-24: the exponent less 1, but 0 of 0."""
+    e = half.exponent  # bit by bit, because an adder has a carry chain to enter
+    return Cat((~(e[i] ^ e[:i].any()) if i else ~e[0]) & e.any() for i in range(len(e)))
+
+
+class RecordControl(data.Struct):
+    """Two cycles before the dot product: whether a tile of values scales it, and by which shift (0 to 35)."""
+
+    values: 1
+    shift: 6
 
 
 class ScaleControl(data.Struct):
-    """With the dot product: how the activation group scales it."""
+    """With the dot product: the sum of the activations (0 to a tile of values), and three times it."""
 
-    values: 1
-    sum: signed(14)
-    multiples: Multiples
-    shift: 6
+    sum: signed(SUM_BITS)
+    thrice: signed(SUM_BITS + 2)
 
 
 class AddControl(data.Struct):
@@ -72,7 +74,10 @@ class Multipliers(enum.Enum):
 
 FINE = 2
 """Low bits of a scale's shift, applied to the mantissa in front of the multiplier, which has room for it."""
-FACTOR_BITS = 12 + (1 << FINE) - 1
+MANTISSA_BITS = 11
+FACTOR_BITS = MANTISSA_BITS + (1 << FINE) - 1
+BEYOND = 5
+"""Bit of a tile's shift that says 32 or more: the mantissa of a tile is then 16 instead of 1."""
 
 
 class Lane(wiring.Component):
@@ -81,8 +86,12 @@ class Lane(wiring.Component):
     Weights and keys: scale and minimum are the row's fp16 records and `sum` the sum of the activations; decay is 0.
     Values: the product is `dot << shift`, plus `addend` as it is; scale and minimum are ignored. Accumulator `slot` =
     bank * vectors + vector, 56 bits. `load` takes `scale` and `minimum` with the weight step of the multipliers; they
-    meet the dot products of that step. `dot` and `control` belong to cycle t, `add` to t + 2, `update` to t + 4; the
-    accumulator holds the result in t + `latency`. `drained` reads accumulator `drain` combinationally.
+    meet the dot products of that step. `dot` and `control` belong to cycle t, `record` to t - 2, `add` to t + 2,
+    `update` to t + 4; the accumulator holds the result in t + `latency`. `drained` reads accumulator `drain`
+    combinationally.
+
+    Magnitudes are multiplied and shifted; a negative record inverts its term in front of an adder, whose carry
+    completes the two's complement.
     """
 
     latency = 5
@@ -95,6 +104,7 @@ class Lane(wiring.Component):
                 "load": In(1),
                 "scale": In(16),
                 "minimum": In(16),
+                "record": In(RecordControl),
                 "dot": In(signed(DOT_BITS)),
                 "control": In(ScaleControl),
                 "add": In(AddControl),
@@ -106,79 +116,116 @@ class Lane(wiring.Component):
 
     def elaborate(self, platform):
         m = Module()
-        wide, control = ATTN_ACC_BITS, self.control
-        factor, coarse, least_factor, least_shift = self._records(m)
-        product = Signal(signed(DOT_BITS + FACTOR_BITS), reset_less=True)
-        least = Signal(signed(26), reset_less=True)
-        own = Const(1, signed(FACTOR_BITS)) << control.shift[:FINE]
-        scaling = Mux(control.values, own, factor)[:FACTOR_BITS].as_signed()
-        m.d.sync += [
-            product.eq(self._product(m, scaling)),
-            least.eq(self._least(m, least_factor)),
-        ]
-        shift = self._twice(m, "shift", Mux(control.values, control.shift >> FINE, coarse)[:4])
-        later_shift = self._twice(m, "least_shift", least_shift)
-        scaled, addend, change = (
-            Signal(signed(wide), name=name, reset_less=True) for name in ("scaled", "addend", "change")
+        pipe = Pipe(m)
+        scale, least = self._records(m, pipe)
+        product = pipe.reg(self._product(m, scale["factor"]), "product")
+        shifted = self._left(m, "scaled", product, 4, self._delayed(m, "coarse_low", scale["coarse"][:2], 2))
+        addend, completed = self._addend(m, pipe, least)
+        scaled = pipe.reg(shifted, "scaled")
+        high = self._delayed(m, "coarse_high", scale["coarse"][2], 3)
+        negative = self._delayed(m, "negative", scale["sign"], 3)
+        term = Mux(high, shift_left(scaled, 16), scaled)[:ATTN_ACC_BITS] ^ negative.replicate(ATTN_ACC_BITS)
+        change = pipe.reg(_add(addend, term, negative), "change")
+        self._accumulate(m, change, pipe.reg(completed, "completed"))
+        return m
+
+    @staticmethod
+    def _delayed(m, name, value, cycles):
+        """`value` some cycles later, in registers with a reset: those without become a shift register, in LUTs."""
+        for cycle in range(cycles):
+            later = Signal(value.shape(), name=f"{name}_{cycle}")
+            m.d.sync += Value.cast(later).eq(Value.cast(value))
+            value = later
+        return value
+
+    @staticmethod
+    def _left(m, name, x, unit, select):
+        """`x << unit * select` for two bits of `select`."""
+        width = min(len(x) + 3 * unit, ATTN_ACC_BITS)
+        return one_of_four(
+            m, f"{name}_{unit}", [resize(shift_left(x, unit * n), width) for n in range(4)], select
         )
-        m.d.sync += [
-            scaled.eq(product << Cat(Const(0, FINE), shift)),
-            addend.eq(Mux(self.add.values, self.add.addend, least << later_shift)),
-            change.eq(scaled + addend),
-        ]
+
+    def _addend(self, m, pipe, least):
+        """The minimum's term or the tile's addend, and the carry that a negative minimum still needs."""
+        shift = self._delayed(m, "least_shift", least["shift"], 2)
+        negative = self._delayed(m, "least_negative", least["sign"], 2)
+        product = pipe.reg(self._least(m, least["mantissa"]), "least")
+        fine = self._left(m, "least", product, 1, shift[:2])
+        coarse = self._left(m, "least", fine, 4, shift[2:4])
+        wide = Mux(shift[4], shift_left(coarse, 16), coarse)[:ATTN_ACC_BITS] ^ negative.replicate(
+            ATTN_ACC_BITS
+        )
+        values = self.add.values
+        addend = Mux(values, resize(self.add.addend, ATTN_ACC_BITS), wide)[:ATTN_ACC_BITS].as_signed()
+        return pipe.reg(addend, "addend"), pipe.reg(negative & ~values, "least_completed")
+
+    def _accumulate(self, m, change, carry):
+        wide = ATTN_ACC_BITS
         m.submodules.accumulators = acc = TypedMemory(
             signed(wide), self._slots, read_ports=2, asynchronous_read=True, ram_style="distributed"
         )
-        old = Mux(self.update.first, 0, acc.r[0].data >> self.update.decay)
+        old, decay = acc.r[0].data, self.update.decay
+        for unit in (1, 4):
+            places = [resize(old >> unit * n, wide) for n in range(4)]
+            old = one_of_four(m, f"decayed_{unit}", places, decay.bit_select(unit.bit_length() - 1, 2))
+        places = [resize(old >> 16 * n, wide) for n in range(4)]
+        old = one_of_four(m, "decayed_16", places, decay[4:])
         m.d.comb += [
             acc.r[0].addr.eq(self.update.slot),
             acc.w.addr.eq(self.update.slot),
             acc.w.en.eq(self.update.valid),
-            acc.w.data.eq(old + change),
+            acc.w.data.eq(_add(change, old & (~self.update.first).replicate(wide), carry)),
             acc.r[1].addr.eq(self.drain),
             self.drained.eq(acc.r[1].data),
         ]
-        return m
 
-    @staticmethod
-    def _once(m, name, value):
-        later = Signal(value.shape(), name=f"{name}_1", reset_less=True)
-        m.d.sync += later.eq(value)
-        return later
+    def _product(self, m, factor):
+        if self._multipliers is Multipliers.LUTS:
+            return digit_product(m, "product", self.dot, thrice(self.dot), factor)
+        return Pipe(m).reg(self.dot * factor, "multiplied")
 
-    def _twice(self, m, name, value):
-        return self._once(m, f"{name}_later", self._once(m, name, value))
-
-    def _product(self, m, scaling):
-        if self._multipliers is not Multipliers.LUTS:
-            return self._once(m, "scaled", self.dot * scaling)
-        of_dot = Signal(Multiples)
-        m.d.comb += [of_dot[name].eq(value) for name, value in multiples(self.dot).items()]
-        return digit_product(m, "scaled", self.dot, of_dot, scaling)
-
-    def _least(self, m, factor):
+    def _least(self, m, mantissa):
         if self._multipliers is Multipliers.INFERRED:
-            return self._once(m, "least", self.control.sum * factor)
-        return digit_product(m, "least", self.control.sum, self.control.multiples, factor)
+            return Pipe(m).reg(self.control.sum * mantissa, "least_multiplied")
+        return digit_product(m, "least", self.control.sum, self.control.thrice, mantissa)
 
-    def _records(self, m):
-        """The step's records as (scale factor, its shift, minimum factor, its shift), delayed as its codes are."""
-        records = Cat(self.scale, self.minimum)
-        for stage in range(LanePair.latency):
-            later = Signal(32, name=f"records_{stage}", reset_less=True)
-            if stage == 0:
-                with m.If(self.load):
-                    m.d.sync += later.eq(records)
-            else:
-                m.d.sync += later.eq(records)
-            records = later
-        scale, minimum = data.View(Half, records[:16]), data.View(Half, records[16:])
-        shift = half_shift(scale)
-        unpacked = (
-            (Signal(signed(FACTOR_BITS), name="factor", reset_less=True), mantissa(scale) << shift[:FINE]),
-            (Signal(3, name="coarse", reset_less=True), shift >> FINE),
-            (Signal(signed(12), name="least_factor", reset_less=True), mantissa(minimum)),
-            (Signal(5, name="least_shift", reset_less=True), half_shift(minimum)),
+    def _records(self, m, pipe):
+        """The step's records as factor and shift, delayed as its codes are; a tile of values has its own shift."""
+        held = []
+        for name, bits in (("scale", self.scale), ("minimum", self.minimum)):
+            half = data.View(Half, bits)
+            layout = data.StructLayout({"mantissa": MANTISSA_BITS, "shift": 5, "sign": 1})
+            record = Signal(layout, name=name, reset_less=True)
+            with m.If(self.load):
+                m.d.sync += [
+                    record.mantissa.eq(Cat(half.fraction, half.exponent != 0)),
+                    record.shift.eq(half_shift(half)),
+                    record.sign.eq(half.sign),
+                ]
+            held.append(self._delayed(m, f"{name}_late", record, LanePair.latency - 2))
+        scale, least = held[0], self._delayed(m, "least_record", held[1], 2)
+        values, shift = self.record.values, self.record.shift
+        last = Signal(scale.shape(), name="scale_last", reset_less=True)
+        beyond = shift[BEYOND]
+        one = Cat(~beyond, Const(0, 3), beyond, Const(0, MANTISSA_BITS - 5))
+        own = Cat(shift[:FINE], shift[FINE:BEYOND] | beyond.replicate(BEYOND - FINE))
+        m.d.sync += [
+            last.mantissa.eq(Mux(values, one, scale.mantissa)),
+            last.shift.eq(Mux(values, own, scale.shift)),
+            last.sign.eq(scale.sign & ~values),
+        ]
+        fine = [resize(shift_left(last.mantissa, n), FACTOR_BITS) for n in range(4)]
+        return (
+            {
+                "factor": pipe.reg(one_of_four(m, "fine", fine, last.shift[:FINE]), "factor"),
+                "coarse": pipe.reg(last.shift[FINE:], "coarse"),
+                "sign": pipe.reg(last.sign, "sign"),
+            },
+            {"mantissa": least.mantissa, "shift": least.shift, "sign": least.sign},
         )
-        m.d.sync += [register.eq(value) for register, value in unpacked]
-        return tuple(register for register, _ in unpacked)
+
+
+def _add(a, b, carry):
+    """`a + b + carry` at the accumulators' width; the lowest bit of the adder makes the carry."""
+    return (Cat(Const(1, 1), a) + Cat(carry, b))[1 : 1 + ATTN_ACC_BITS].as_signed()

@@ -4,12 +4,12 @@ One unit for matrix-vector and matrix-matrix products of every weight format and
 docs/engine.md sections 2 and 3 say what it computes, `hw.timing` how long it takes.
 """
 
-from amaranth import Cat, Const, Module, Mux, Signal, Value, signed, unsigned
+from amaranth import Cat, Const, Module, Mux, Signal, Value, unsigned
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from golden.spec.engine import SIDE_BITS, STEP, WORD_BITS, Codes, EngineConfig, Error
-from hw.engine.array import DOT_BITS, LanePair
+from hw.engine.array import DOT_BITS, LanePair, shared_operand
 from hw.engine.decoder import Decoder
 from hw.engine.drain import Drain, DrainOp
 from hw.engine.interfaces import (
@@ -21,8 +21,8 @@ from hw.engine.interfaces import (
     vb_write,
     word_stream,
 )
-from hw.engine.lane import BANKS, AddControl, Lane, ScaleControl, UpdateControl
-from hw.lib.arith import multiples
+from hw.engine.lane import BANKS, AddControl, Lane, RecordControl, ScaleControl, UpdateControl
+from hw.lib.arith import thrice
 from hw.lib.memories import TypedMemory
 from hw.lib.shared import place
 from hw.lib.streams import StreamFIFO, connect
@@ -245,21 +245,24 @@ class MatrixUnit(wiring.Component):
 
     def _lanes(self, m, platform, decoder, issue, acts, drain):
         """The shared part of the pipeline: activations, sidecars and control, delayed to where lanes want them."""
-        half, offset, values, fired = Signal(), Signal(), Signal(), Signal()
+        half, sparse, offset, values, fired = (Signal() for _ in range(5))
         m.d.sync += [
             half.eq(issue.half),
+            sparse.eq(issue.sparse),
             offset.eq(issue.offset),
             values.eq(issue.values),
             fired.eq(issue.fire),
         ]
         side = acts.sides[half]
-        dense = Signal(8 * STEP)
-        m.d.comb += dense.eq(Mux(half, acts.codes[8 * STEP :], acts.codes[: 8 * STEP]))
-        correction = Mux(
-            offset, Cat(Const(0, 7), side.addend[: DOT_BITS - 7]).as_signed(), Const(0, signed(DOT_BITS))
-        )
+        dense, shared = Signal(8 * STEP), Signal(9 * STEP)
+        m.d.comb += [
+            dense.eq(Mux(half, acts.codes[8 * STEP :], acts.codes[: 8 * STEP])),
+            shared.eq(shared_operand(dense, sparse)),
+        ]
+        total = -side.addend[: DOT_BITS - 7].as_signed()
+        correction = Mux(offset, Cat(Const(0, 7), total[: DOT_BITS - 7]), 0).as_signed()
         correction = self._delayed(m, "correction", correction, LanePair.latency - 1)
-        control, add, update = self._controls(m, issue, side, values)
+        record, control, add, update = self._controls(m, issue, side, values)
         tokens = self._config.tokens
         for pair in range(self._config.lanes // 2):
             channel, index = divmod(pair, self._config.lanes_per_channel // 2)
@@ -269,7 +272,7 @@ class MatrixUnit(wiring.Component):
                 dots.load.eq(issue.load),
                 dots.valid.eq(fired),
                 dots.sparse.eq(issue.sparse),
-                dots.dense_acts.eq(dense),
+                dots.shared.eq(shared),
                 dots.acts.eq(acts.codes),
                 dots.correction.eq(correction),
                 *(dots.planes[p].eq(step.planes[p].word_select(index, 4 * STEP)) for p in range(4)),
@@ -283,6 +286,7 @@ class MatrixUnit(wiring.Component):
                     lane.scale.eq(step.scale[source]),
                     lane.minimum.eq(step.minimum[source]),
                     lane.dot.eq(dots.dots[row]),
+                    Value.cast(lane.record).eq(Value.cast(record)),
                     Value.cast(lane.control).eq(Value.cast(control)),
                     Value.cast(lane.add).eq(Value.cast(add)),
                     Value.cast(lane.update).eq(Value.cast(update)),
@@ -294,18 +298,19 @@ class MatrixUnit(wiring.Component):
         """The lanes' controls: made when the activations arrive, delayed once for all lanes."""
         now = Signal(UpdateControl)
         m.d.sync += [now.valid.eq(issue.fire), now.first.eq(issue.first), now.slot.eq(issue.slot)]
-        control, add, update = Signal(ScaleControl), Signal(AddControl), Signal(UpdateControl)
+        record, control = Signal(RecordControl), Signal(ScaleControl)
+        add, update = Signal(AddControl), Signal(UpdateControl)
         m.d.comb += [
-            control.values.eq(values),
+            record.values.eq(values),
+            record.shift.eq(side.shift),
             control.sum.eq(side.addend),
-            *(control.multiples[name].eq(value) for name, value in multiples(control.sum).items()),
-            control.shift.eq(side.shift),
+            control.thrice.eq(thrice(control.sum)),
             add.values.eq(values),
             add.addend.eq(side.addend),
             Value.cast(update).eq(Value.cast(now)),
             update.decay.eq(Mux(values, side.decay, 0)),
         ]
-        delays = (("control", control, 0), ("add", add, 2), ("update", update, 4))
+        delays = (("record", record, -2), ("control", control, 0), ("add", add, 2), ("update", update, 4))
         return (self._delayed(m, name, Value.cast(x), LanePair.latency + d) for name, x, d in delays)
 
     @staticmethod

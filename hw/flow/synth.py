@@ -17,6 +17,13 @@ from hw.flow.yosys import load_stat, run_script, run_tool
 FAMILIES = {"xcup": "UltraScale+", "xc7": "7-series"}
 SYNTH_VERSION = "5"  # part of the cache key: raise it when the script below changes
 
+# How ABC covers logic with LUTs. Yosys' own script wants the least delay at any price; the engine is short of LUTs, not
+# of levels: map by area, with and without structural choices, and keep the smaller cover.
+_MAPPING = {
+    "xcup": "+&scorr;&sweep;&dc2;&if,-a,-K,6;&save,-a;&st;&dch,-f,-r;&if,-a,-K,6;&save,-a;&load;&mfs",
+    "xc7": "",
+}
+
 # LUTs that hold memory or shift registers count as LUTs of the device, with the sites they occupy.
 _LUTRAM_SITES = {
     "RAM32X1D": 2, "RAM64X1D": 2, "RAM128X1D": 4, "RAM32M": 4, "RAM64M": 4, "RAM32M16": 8, "RAM64M8": 8,
@@ -76,13 +83,14 @@ def resources(
     """
     if family not in FAMILIES:
         raise KVStrataError(f"a family is one of {', '.join(FAMILIES)}, not {family!r}")
-    design = emit(component, top)
+    design, mapping = emit(component, top), _MAPPING[family]
 
     def build(work: Path) -> None:
         (work / f"{top}.v").write_text(design.text)
         log = run_script(
             f"read_verilog -sv {top}.v\nchformal -remove\n"
-            f"synth_xilinx -family {family} -top {top} -noiopad -noclkbuf {'-flatten' if flatten else ''}\n"
+            + (f"scratchpad -set abc9.script {mapping}\n" if mapping else "")
+            + f"synth_xilinx -family {family} -top {top} -noiopad -noclkbuf {'-flatten' if flatten else ''}\n"
             "check\n"
             f"tee -q -o stat.json stat -json -top {top}\n"
             "flatten\n"
@@ -94,7 +102,7 @@ def resources(
         (work / "levels.txt").write_text("0" if loops else str(logic_levels(work / "netlist.json", top)))
         (work / "netlist.json").unlink()
 
-    key = content_key(design.text, family, str(flatten), SYNTH_VERSION)
+    key = content_key(design.text, family, str(flatten), SYNTH_VERSION, *filter(None, [mapping]))
     directory = cached_directory("synth", key, build)
     if loops := (directory / "loops.txt").read_text():
         raise KVStrataError(f"{top} has a combinational loop: {loops.splitlines()[0]}")

@@ -85,43 +85,44 @@ def product(a: Value, b: Value) -> Value:
     return resize(a * b, len(a) + len(b))
 
 
-class Multiples(data.Struct):
-    """Three times a number of at most 22 bits, and its negative."""
-
-    thrice: signed(24)
-    minus: signed(23)
+def thrice(a: Value) -> Value:
+    """`3 * a`: what `digit_product` adds up, computed once for all products of the same `a`."""
+    return resize(a + shift_left(a, 1), len(a) + 2)
 
 
-def multiples(a: Value) -> dict[str, Value]:
-    """The fields of `Multiples`: what `digit_product` adds up, computed once for all products of the same `a`."""
-    return {"thrice": a + shift_left(a, 1), "minus": -a}
+def digit_product(m: Module, name: str, a: Value, three: Value, b: Value) -> Value:
+    """`a * b` of a signed and an unsigned value in LUTs, where DSPs are short, with one register inside: the product of
+    a cycle's operands is there in the next. `three` is `thrice(a)`.
 
-
-def digit_product(m: Module, name: str, a: Value, of_a: data.View, b: Value) -> Value:
-    """`a * b` of signed values in LUTs, where DSPs are short, with one register inside: the product of a cycle's
-    operands is there in the next. `a` has at most 22 bits, `of_a` are its multiples.
-
-    A row per two bits of `b` adds 0, a, 2a or 3a to the rows below, one LUT and carry per bit; the top row's digit
-    is 0, a, -2a or -a. Rows are kept apart: merged into one sum, synthesis builds a compressor three times as large.
+    A row per two bits of `b` adds 0, a, 2a or 3a to the rows below, one LUT and carry per bit. Rows are kept apart:
+    merged into one sum, synthesis builds a compressor three times as large.
     """
     width, out = len(a) + 2, len(a) + len(b)
     b = resize(b, len(b) + len(b) % 2)
-    terms = [resize(x, width) for x in (a, shift_left(a, 1), of_a.thrice, of_a.minus)]
+    terms = [resize(x, width) for x in (a, shift_left(a, 1), three)]
     cut = len(b) // 4 * 2
     total, done = Const(0, signed(1)), []
     for low in range(0, len(b), 2):
         if low == cut:
             b, total, *rest = _registers(m, name, b, total, *terms, Cat(*done))
             terms, done = rest[:-1], [rest[-1]]
-        one, two, three, minus = terms
-        top = low + 2 == len(b)
-        upper, lower = (shift_left(minus, 1)[:width], minus) if top else (two, three)
-        multiple = Mux(b[low + 1], Mux(b[low], lower, upper), Mux(b[low], one, 0))[:width].as_signed()
+        one, two, three = terms
+        multiple = Mux(b[low + 1], Mux(b[low], three, two), Mux(b[low], one, 0))[:width].as_signed()
         row = Signal(signed(width + 1), name=f"{name}_row_{low}", attrs={"keep": 1})
         m.d.comb += row.eq(total + multiple)
-        done.append(row if top else row[:2])
+        done.append(row if low + 2 == len(b) else row[:2])
         total = row >> 2
     return Cat(*done)[:out].as_signed()
+
+
+def one_of_four(m: Module, name: str, places: list[Value], select: Value) -> Value:
+    """`places[select]`, two bits: a LUT per bit, kept so that synthesis does not mix the stages of a shifter."""
+    chosen = Signal(places[0].shape(), name=name, attrs={"keep": 1})
+    with m.Switch(select):
+        for n, place in enumerate(places):
+            with m.Case(n):
+                m.d.comb += chosen.eq(place)
+    return chosen
 
 
 def _registers(m: Module, name: str, *values: Value) -> list[Signal]:

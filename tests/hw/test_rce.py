@@ -36,6 +36,11 @@ def pack(values):
     return sum((v & 0xFF) << 8 * i for i, v in enumerate(values))
 
 
+def shared(values, sparse):
+    """The second operand that all pairs share (`shared_operand`)."""
+    return sum(((0xFC if sparse else v & 0xFF | (v < 0) << 8) << 9 * i) for i, v in enumerate(values))
+
+
 def dots_of(cases):
     """Feeds (sparse, rows, patterns, acts) back to back, one per cycle; the dot products of each."""
     dut, results = LanePair(), []
@@ -52,10 +57,11 @@ def dots_of(cases):
                 ctx.set(
                     dut.patterns[bit], sum((code >> bit & 1) << i for i, code in enumerate(sum(patterns, [])))
                 )
-            pipeline.append(acts)
+            pipeline.append((sparse, acts))
             if len(pipeline) > 1:  # activations come one cycle after their weights
-                ctx.set(dut.acts, pack(pipeline[-2]))
-                ctx.set(dut.dense_acts, pack(pipeline[-2][:32]))
+                sparse, acts = pipeline[-2]
+                ctx.set(dut.acts, pack(acts))
+                ctx.set(dut.shared, shared(acts[:32], sparse))
             await ctx.tick()
             results.append([ctx.get(dut.dots[r]) for r in range(2)])
 
@@ -144,13 +150,13 @@ def test_lane_scales_accumulates_and_rescales_exactly(multipliers):
         sum_ = rng.randint(-4064, 4064)
         steps.append(
             {
-                "scale": half(rng.randrange(2), rng.choice((0, 1, rng.randrange(20))), rng.randrange(1024)),
-                "minimum": half(rng.randrange(2), rng.randrange(18), rng.randrange(1024)),
+                "scale": half(rng.randrange(2), rng.choice((0, 1, rng.randrange(31))), rng.randrange(1024)),
+                "minimum": half(rng.randrange(2), rng.randrange(31), rng.randrange(1024)),
                 "dot": rng.randint(-(1 << 20), (1 << 20) - 1),
                 "values": values,
                 "addend": rng.randint(-(1 << 45), 1 << 45) if values else sum_,
-                "shift": rng.randrange(20),
-                "decay": rng.choice((0, 0, 1, 5, 63)) if values else 0,
+                "shift": rng.randrange(36),
+                "decay": rng.choice((0, 0, 1, 5, rng.randrange(64), 63)) if values else 0,
                 "first": i < 8 or rng.random() < 0.1,
                 "slot": (i % 4) + (16 if values else 0) if i >= 8 else (i % 4) + 16 * (i // 4),
             }
@@ -174,17 +180,12 @@ def test_lane_scales_accumulates_and_rescales_exactly(multipliers):
                 ctx.set(dut.load, 1)
                 ctx.set(dut.scale, now["scale"])
                 ctx.set(dut.minimum, now["minimum"])
+            if early := at_time[latency - 1]:
+                ctx.set(dut.record, {"values": early["values"], "shift": early["shift"]})
             if scaled := at_time[1 + latency]:
                 ctx.set(dut.dot, scaled["dot"])
                 sum_ = 0 if scaled["values"] else scaled["addend"]
-                of_sum = {"thrice": 3 * sum_, "minus": -sum_}
-                control = {
-                    "values": scaled["values"],
-                    "sum": sum_,
-                    "multiples": of_sum,
-                    "shift": scaled["shift"],
-                }
-                ctx.set(dut.control, control)
+                ctx.set(dut.control, {"sum": sum_, "thrice": 3 * sum_})
             if added := at_time[3 + latency]:
                 ctx.set(dut.add, {"values": added["values"], "addend": added["addend"]})
             update = at_time[5 + latency]

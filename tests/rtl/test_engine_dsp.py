@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.rtl, pytest.mark.slow]
 
 HERE = Path(__file__).parent
 POSITIONS = 16
-STIMULUS = {"dense_acts": 8 * POSITIONS, "acts": 16 * POSITIONS, "planes": 16 * POSITIONS, "patterns": 3 * POSITIONS,
+STIMULUS = {"shared": 8 * POSITIONS, "acts": 16 * POSITIONS, "planes": 16 * POSITIONS, "patterns": 3 * POSITIONS,
             "correction": 22}  # fmt: skip
 """Random inputs of both pairs, in bits."""
 
@@ -31,12 +31,20 @@ def twins(change=lambda text: text):
         if name == "patterns":  # 6 and 7 are none: the upper two bits are never set together
             low, mid, high = (f"stimulus[{total + i * POSITIONS} +: {POSITIONS}]" for i in range(3))
             bits = f"{{{high} & ~{mid}, {mid}, {low}}}"
+        elif name == "planes":  # a 2:4 step has the lowest plane alone
+            bits = f"stimulus[{total} +: {width}] & {{{{{3 * width // 4}{{~sparse}}}}, {{{width // 4}{{1'b1}}}}}}"
+        elif name == "shared":  # what the activations of a dense step are to all pairs
+            position = "stimulus[{0} + 7] & ~loaded, loaded ? 8'hfc : stimulus[{0} +: 8]"
+            bits = ", ".join(position.format(total + 8 * j) for j in reversed(range(POSITIONS)))
+            bits = f"{{{bits}}}"
         ports.append(f".{name}({bits})")
         total += width
     size = -(-total // 8)
     top = f"""module pair_twins(input clk, input load, input valid, input sparse, input [{8 * size - 1}:0] stimulus,
     output differ);
 wire [43:0] plain_dots, device_dots;
+reg loaded;
+always @(posedge clk) if (load) loaded <= sparse;
 plain_pair plain({", ".join(ports)}, .dots(plain_dots));
 device_pair device({", ".join(ports)}, .dots(device_dots));
 assign differ = plain_dots != device_dots;

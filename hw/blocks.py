@@ -15,14 +15,15 @@ from hw.storage import compose as storage
 
 @dataclass(frozen=True)
 class Block:
-    """A block's constructor with its arguments and the device family it is meant for."""
+    """A block's constructor with its arguments, the device family it is meant for and what its synthesis saves."""
 
     make: Recipe
     family: str
+    area: bool
 
 
 def _blocks(prefix: str, parts: Iterable[Part], family: str) -> dict[str, Block]:
-    return {f"{prefix}_{part.top}": Block(part.make, family) for part in parts}
+    return {f"{prefix}_{part.top}": Block(part.make, family, part.area) for part in parts}
 
 
 BLOCKS: dict[str, Block] = {

@@ -3,8 +3,9 @@
 Rule: repeated blocks are synthesised once and counted; a pair of rows is synthesised as two halves of 16 multipliers
 (`LanePair(16)`, on DSP48E2 cascades) plus the adders that join their dot products; memories that a device holds in
 block RAM or URAM are counted by their shape. Wiring between blocks adds nothing. Lanes make the minimum's product in
-LUTs, and as many of them the scale's too as the budget of DSPs wants (`lanes_without_dsp`). Sources of every row are
-the blocks that the engine elaborates; a LUT is one cell of Yosys' netlist, however few inputs it uses.
+LUTs, and as many of them the scale's too as the budget of DSPs wants (`lanes_without_dsp`). Blocks of which there are
+many are synthesised for few LUTs, the others for few levels. Sources of every row are the blocks that the engine
+elaborates; a LUT is one cell of Yosys' netlist, however few inputs it uses.
 """
 
 from dataclasses import replace
@@ -41,24 +42,29 @@ def parts(config: EngineConfig, lanes_without_dsp: int = 0) -> list[Part]:
     """The logic of an engine, block by block."""
     channel = {"addr_bits": ADDR_BITS, "data_bits": WORD_BITS, "fifo_beats": config.fifo_words}
     return [
-        Part("half pair of rows", config.lanes, partial(LanePair, STEP // 2, primitives=True)),
+        Part("half pair of rows", config.lanes, partial(LanePair, STEP // 2, primitives=True), area=True),
         Part(
-            "lane", config.lanes - lanes_without_dsp, partial(Lane, config.tokens, Multipliers.SCALE_IN_DSP)
+            "lane",
+            config.lanes - lanes_without_dsp,
+            partial(Lane, config.tokens, Multipliers.SCALE_IN_DSP),
+            area=True,
         ),
-        Part("lane without DSP", lanes_without_dsp, partial(Lane, config.tokens, Multipliers.LUTS)),
-        Part("channel planes", config.channels, partial(ChannelPlanes, config.lanes_per_channel)),
+        Part(
+            "lane without DSP", lanes_without_dsp, partial(Lane, config.tokens, Multipliers.LUTS), area=True
+        ),
+        Part("channel planes", config.channels, partial(ChannelPlanes, config.lanes_per_channel), area=True),
         Part("word sequence", 1, partial(Incoming, config)),
         Part("step sequence", 1, partial(Outgoing, config)),
         Part("issue", 1, partial(Issue, config)),
-        Part("output scale", config.vector_lanes, partial(ScaleLane)),
-        Part("vector lane pair", config.vector_lanes // 2, partial(VectorLanePair)),
+        Part("output scale", config.vector_lanes, partial(ScaleLane), area=True),
+        Part("vector lane pair", config.vector_lanes // 2, partial(VectorLanePair), area=True),
         Part("vector scalars", 1, partial(ScalarUnit)),
         Part("softmax", 1, partial(SoftmaxUnit, config.vector_lanes)),
         Part("vector walker", 1, partial(Walker, config)),
         Part("vector fetch", 1, partial(Fetch, config, Beat(config.vector_lanes))),
         Part("vector reducer", 1, partial(Reducer, config.vector_lanes, Beat(config.vector_lanes))),
         Part("group writer", 1, partial(GroupWriter, config.vector_lanes)),
-        Part("read channel", config.channels, partial(ReadChannel, **channel)),
+        Part("read channel", config.channels, partial(ReadChannel, **channel), area=True),
         Part("append unit", 1, partial(AppendUnit, config)),
         Part("DMA unit", 1, partial(DmaUnit, config)),
         Part("controller", 1, partial(Controller, config)),
@@ -84,7 +90,7 @@ def drain_select(config: EngineConfig) -> Resources:
 
 
 def _synthesised(blocks: list[Part]) -> dict[str, Resources]:
-    return {p.name: resources(p.make, p.top).scaled(p.count) for p in blocks if p.count}
+    return {p.name: resources(p.make, p.top, area=p.area).scaled(p.count) for p in blocks if p.count}
 
 
 def compose(config: EngineConfig) -> dict[str, Resources]:

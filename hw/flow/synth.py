@@ -17,12 +17,9 @@ from hw.flow.yosys import load_stat, run_script, run_tool
 FAMILIES = {"xcup": "UltraScale+", "xc7": "7-series"}
 SYNTH_VERSION = "5"  # part of the cache key: raise it when the script below changes
 
-# How ABC covers logic with LUTs. Yosys' own script wants the least delay at any price; the engine is short of LUTs, not
-# of levels: map by area, with and without structural choices, and keep the smaller cover.
-_MAPPING = {
-    "xcup": "+&scorr;&sweep;&dc2;&if,-a,-K,6;&save,-a;&st;&dch,-f,-r;&if,-a,-K,6;&save,-a;&load;&mfs",
-    "xc7": "",
-}
+# Yosys covers logic with LUTs for the least delay at any price. By area: with and without structural choices, and the
+# smaller cover is kept.
+_BY_AREA = "+&scorr;&sweep;&dc2;&if,-a,-K,6;&save,-a;&st;&dch,-f,-r;&if,-a,-K,6;&save,-a;&load;&mfs"
 
 # LUTs that hold memory or shift registers count as LUTs of the device, with the sites they occupy.
 _LUTRAM_SITES = {
@@ -62,11 +59,12 @@ class Resources:
 
 @dataclass(frozen=True)
 class Part:
-    """`count` copies of a block in a composition."""
+    """`count` copies of a block in a composition; `area`: synthesised for few LUTs rather than few levels."""
 
     name: str
     count: int
     make: Recipe
+    area: bool = False
 
     @property
     def top(self) -> str:
@@ -75,21 +73,28 @@ class Part:
 
 
 def resources(
-    component: wiring.Component | Recipe, top: str, family: str = "xcup", *, flatten: bool = True
+    component: wiring.Component | Recipe,
+    top: str,
+    family: str = "xcup",
+    *,
+    flatten: bool = True,
+    area: bool = False,
 ) -> Resources:
     """Synthesise `component` for a Xilinx `family` ("xcup" or "xc7") and count primitives; cached by content.
+
+    `area` covers logic with as few LUTs as possible instead of as few levels.
 
     Raises `KVStrataError` for an unknown family, a combinational loop or a design that Yosys refuses.
     """
     if family not in FAMILIES:
         raise KVStrataError(f"a family is one of {', '.join(FAMILIES)}, not {family!r}")
-    design, mapping = emit(component, top), _MAPPING[family]
+    design = emit(component, top)
 
     def build(work: Path) -> None:
         (work / f"{top}.v").write_text(design.text)
         log = run_script(
             f"read_verilog -sv {top}.v\nchformal -remove\n"
-            + (f"scratchpad -set abc9.script {mapping}\n" if mapping else "")
+            + (f"scratchpad -set abc9.script {_BY_AREA}\n" if area else "")
             + f"synth_xilinx -family {family} -top {top} -noiopad -noclkbuf {'-flatten' if flatten else ''}\n"
             "check\n"
             f"tee -q -o stat.json stat -json -top {top}\n"
@@ -102,7 +107,7 @@ def resources(
         (work / "levels.txt").write_text("0" if loops else str(logic_levels(work / "netlist.json", top)))
         (work / "netlist.json").unlink()
 
-    key = content_key(design.text, family, str(flatten), SYNTH_VERSION, *filter(None, [mapping]))
+    key = content_key(design.text, family, str(flatten), SYNTH_VERSION, *([_BY_AREA] if area else []))
     directory = cached_directory("synth", key, build)
     if loops := (directory / "loops.txt").read_text():
         raise KVStrataError(f"{top} has a combinational loop: {loops.splitlines()[0]}")

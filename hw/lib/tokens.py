@@ -56,6 +56,9 @@ class TokenNetwork(wiring.Component):
     with `release[u]`: a mask of units to push one token each to; the transfer waits until none of those
     counters is full, again all or nothing, so a full counter stalls its producer and nothing is lost. A mask
     of zero passes at once; the unit's own bit is a counter like any other.
+
+    `level[u][v]` counts the tokens from u to v; bit u of `some[v]` says that it is not zero, from a register of its
+    own, because whether a unit starts hangs on it.
     """
 
     latency = 1
@@ -71,6 +74,7 @@ class TokenNetwork(wiring.Component):
                 "wait": In(stream.Signature(units)).array(units),
                 "release": In(stream.Signature(units)).array(units),
                 "level": Out(range(capacity + 1)).array(units, units),
+                "some": Out(units).array(units),
             }
         )
 
@@ -78,15 +82,10 @@ class TokenNetwork(wiring.Component):
         m = Module()
         units = range(self._units)
         for u in units:
-            empty = Signal(self._units, name=f"empty_{u}")
             full = Signal(self._units, name=f"full_{u}")
-            for v in units:
-                m.d.comb += [
-                    empty[v].eq(self.level[v][u] == 0),
-                    full[v].eq(self.level[u][v] == self._capacity),
-                ]
             m.d.comb += [
-                self.wait[u].ready.eq(~(self.wait[u].payload & empty).any()),
+                *(full[v].eq(self.level[u][v] == self._capacity) for v in units),
+                self.wait[u].ready.eq(~(self.wait[u].payload & ~self.some[u]).any()),
                 self.release[u].ready.eq(~(self.release[u].payload & full).any()),
             ]
         waits = [port.valid & port.ready for port in self.wait]
@@ -97,7 +96,7 @@ class TokenNetwork(wiring.Component):
                 popped = waits[sink] & self.wait[sink].payload[source]
                 level = self.level[source][sink]
                 with m.If(pushed & ~popped):
-                    m.d.sync += level.eq(level + 1)
+                    m.d.sync += [level.eq(level + 1), self.some[sink][source].eq(1)]
                 with m.Elif(popped & ~pushed):
-                    m.d.sync += level.eq(level - 1)
+                    m.d.sync += [level.eq(level - 1), self.some[sink][source].eq(level != 1)]
         return m

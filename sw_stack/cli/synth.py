@@ -22,6 +22,6 @@ def command(
     families = list(FAMILIES) if family == "both" else [family]
     rows = []
     for name, block in track([item for item in BLOCKS.items() if item[1].family in families], "Synthesis"):
-        table = resources(block.make, name.partition("_")[2], block.family)
+        table = resources(block.make, name.partition("_")[2], block.family, area=block.area)
         rows.append({"block": name, "family": FAMILIES[block.family], **asdict(table)})
     show_rows("Resources by block (Yosys)", rows, as_json)

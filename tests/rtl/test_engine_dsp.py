@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hw.engine.array import LanePair
+from hw.engine.array import DOT_BITS, LanePair
 from hw.flow.verilator import build_harness
 from hw.flow.verilog import Design, emit
 
@@ -16,8 +16,8 @@ pytestmark = [pytest.mark.rtl, pytest.mark.slow]
 HERE = Path(__file__).parent
 POSITIONS = 16
 STIMULUS = {"shared": 8 * POSITIONS, "acts": 16 * POSITIONS, "planes": 16 * POSITIONS, "patterns": 3 * POSITIONS,
-            "correction": 22}  # fmt: skip
-"""Random inputs of both pairs, in bits."""
+            "correction": DOT_BITS}  # fmt: skip
+"""Random inputs of both pairs, in bits; `shared` comes first."""
 
 
 def twins(change=lambda text: text):
@@ -42,7 +42,7 @@ def twins(change=lambda text: text):
     size = -(-total // 8)
     top = f"""module pair_twins(input clk, input load, input valid, input sparse, input [{8 * size - 1}:0] stimulus,
     output differ);
-wire [43:0] plain_dots, device_dots;
+wire [{2 * DOT_BITS - 1}:0] plain_dots, device_dots;
 reg loaded;
 always @(posedge clk) if (load) loaded <= sparse;
 plain_pair plain({", ".join(ports)}, .dots(plain_dots));
@@ -55,7 +55,7 @@ endmodule
 
 
 def compare(design, size):
-    defines = {"STIMULUS_BYTES": size, "LATENCY": LanePair.latency}
+    defines = {"STIMULUS_BYTES": size, "LATENCY": LanePair.latency, "POSITIONS": POSITIONS}
     program = build_harness(design, [HERE / "dsp_pair.cpp"], defines=defines)
     return subprocess.run([program], capture_output=True, text=True, check=False)
 

@@ -273,7 +273,7 @@ class ScalarUnit(wiring.Component):
                 ]
                 m.next = "IDLE"
         # -se of the A8 scale, or of its product with the attention constant.
-        live = amax != 0
+        live = length != 0
         plain = Mux(live, formats.A8_SCALE_EXP_BIAS + 16 - length, 0)
         with m.State("DIVISOR"):
             self._divide(

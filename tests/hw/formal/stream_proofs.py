@@ -227,6 +227,7 @@ class TokenProof(Proof):
             levels = Cat(dut.level[v][u] != 0 for v in range(self.units))
             rooms = Cat(dut.level[u][v] != self.capacity for v in range(self.units))
             m.d.comb += [
+                Assert(dut.some[u] == levels),
                 Assert(dut.wait[u].ready == ((dut.wait[u].payload & ~levels) == 0)),
                 Assert(dut.release[u].ready == ((dut.release[u].payload & ~rooms) == 0)),
             ]
@@ -287,6 +288,7 @@ class HandoverProof(Proof):
             Assert(filled == dut.level[0][1] + phase[1]),
             Assert(dut.level[0][0] == 0),
             Assert(dut.level[1][1] == 0),
+            *(Assert(dut.some[v] == Cat(dut.level[u][v] != 0 for u in range(2))) for v in range(2)),
             # No deadlock: if both units are willing, someone moves in this very cycle.
             Assert(~self.go.all() | moved.any()),
         ]

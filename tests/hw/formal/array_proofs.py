@@ -1,0 +1,49 @@
+"""What a multiplier gets from its selects and from the pre-adder, against the arithmetic form of the array."""
+
+from amaranth import Assert, Assume, Cat, Const, Module, Mux, Signal
+from amaranth.lib import wiring
+from amaranth.lib.wiring import In
+
+from hw.engine.array import FIELD, Operands, _selects, shared_operand
+
+
+class OperandProof(wiring.Component):
+    """Both operands of one multiplier, for every weight, pattern, activation and mode that a step may hold."""
+
+    def __init__(self, shared=shared_operand):
+        self._shared = shared
+        super().__init__(
+            {
+                "acts": In(32),
+                "dense": In(8),
+                "weights": In(16),
+                "codes": In(4),
+                "pattern": In(3),
+                "sparse": In(1),
+            }
+        )
+
+    def elaborate(self, platform):
+        m = Module()
+        first, second = _selects(tuple(self.pattern[j : j + 1] for j in range(3)), self.sparse)
+        o = Operands(
+            first=Cat(*first),
+            second=Cat(*second),
+            sparse=self.sparse,
+            acts=[self.acts[8 * i : 8 * i + 8] for i in range(4)],
+            weights=(self.weights[:8], self.weights[8:]),
+            codes=(self.codes[:2], self.codes[2:]),
+            shared=self._shared(self.dense, self.sparse),
+        )
+        shared, codes = o.halves()
+        x, y = Signal(27), Signal(FIELD)
+        m.d.comb += [
+            # A 2:4 step has no plane but the lowest, and none of the patterns 6 and 7.
+            Assume(~self.sparse | ((self.weights & 0xFCFC) == 0)),
+            Assume(~(self.pattern[1] & self.pattern[2])),
+            x.eq(Mux(self.sparse, o.sparse_x(), o.dense_x())),
+            y.eq(Mux(self.sparse, o.sparse_y(), o.dense_y())),
+            Assert(o.selected(m) == x),
+            Assert((shared + Mux(self.sparse, codes, Const(0, FIELD)))[:FIELD] == y),
+        ]
+        return m

@@ -114,7 +114,7 @@ class ExactDecoder(Decoder):
     """A decoder in integers: a checkpoint's engine form (golden.engine_form).
 
     Parameters: a checkpoint, the weight format of the layers (`w8`, `w4`, `w2`, `w2s24`) or ready-made
-    QuantisedWeights by name, the KV format (`kv4`, `kv8`), a Lambda window (None: dense attention), and
+    QuantisedWeights of that form by name, the KV format (`kv4`, `kv8`), a Lambda window (None: dense attention), and
     a K offset int64 q16 [layers, Hkv, dh] taken from rotated keys before they are quantised (None: zero).
     Vectors are q16 int64 [T, n].
     """
@@ -132,6 +132,10 @@ class ExactDecoder(Decoder):
         self.window = window
         self.k_offset = k_offset
         chosen = engine_weights(checkpoint, WEIGHT_FORMATS[weights]) if isinstance(weights, str) else weights
+        if checkpoint.head_name not in chosen:
+            raise KVStrataError(
+                f"ready-made weights are those of the engine form with its {checkpoint.head_name}, missing here."
+            )
         self.kv_format: KVFormat = KV_FORMATS[kv]
         self.matrices = {name: Prepared(w.integers(), w) for name, w in chosen.items()}
         self._head_name = checkpoint.head_name

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 
+from golden.compression import Recipe, compress
 from golden.config import DecoderConfig
 from golden.engine_form import engine_form
 from golden.exact_decoder import ExactDecoder
@@ -110,6 +111,15 @@ def test_missing_sizes_and_wrong_names_are_refused(opt):
     )
     with pytest.raises(KVStrataError, match="LayerNorm goes with biases, learned positions and relu"):
         engine_form(rotating)
+
+
+def test_ready_made_weights_are_of_the_engine_form(opt):
+    _, checkpoint, _ = opt
+    with pytest.raises(KVStrataError, match="ready-made weights are those of the engine form with its head"):
+        ExactDecoder(checkpoint, compress(checkpoint, Recipe("w8")))
+    form = engine_form(checkpoint)
+    got, plain = (ExactDecoder(form, w) for w in (compress(form, Recipe("w8")), "w8"))
+    assert torch.equal(run(got), run(plain))
 
 
 def test_llama_shapes_are_their_own_engine_form(tiny):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import torch
 from golden.config import DecoderConfig
 from golden.exact_decoder import ExactDecoder
 from golden.lambda_window import LambdaWindow
+from golden.loaders import Checkpoint
 from golden.ops import to_q16
 from golden.spec import KVStrataError
 from golden.spec.engine import SMALL, TINY, U280, EngineConfig
@@ -31,9 +34,10 @@ from sw_stack.drive.driver import Driver, open_drive
 from sw_stack.drive.flash import Geometry
 from sw_stack.drive.shape import TaskShape
 from sw_stack.pack.ring import KVRing
+from sw_stack.runtime.machine import Setup, open_session
 from sw_stack.runtime.placement import InStorage, Placement, WindowAndStorage
 from sw_stack.runtime.session import SharedSession, SplitSession
-from tests.sw_stack.machines import SHAPE, Machine, MakeMachine
+from tests.sw_stack.machines import OPT, SHAPE, Machine, MakeMachine, random_checkpoint
 
 MODEL = dataclasses.replace(SHAPE, heads=2, kv_heads=1, head_size=64)
 
@@ -145,6 +149,31 @@ def test_a_lambda_window_equals_its_golden_form(
     cache, session = golden.new_cache(), made.session(seed=2)
     for ids in (prompt(20), prompt(14), [5], prompt(40), [9]):
         assert torch.equal(session.forward(ids), golden.forward(ids, cache, last_only=True)[0])
+
+
+OPT_MODEL = dataclasses.replace(OPT, heads=2, kv_heads=2, head_size=64)
+WINDOW = LambdaWindow(4, 32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("setup", "golden"),
+    [
+        (Setup(placement="csd", context=64), StorageDecoder),
+        (
+            Setup(placement="engine+csd", context=64, split=Split(2, 8)),
+            partial(HybridDecoder, split=Split(2, 8)),
+        ),
+        (Setup(context=64, window=WINDOW), partial(ExactDecoder, window=WINDOW)),
+    ],
+    ids=["csd", "engine+csd", "lambda"],
+)
+def test_opt_in_every_placement(setup: Setup, golden: Callable[[Checkpoint], ExactDecoder]) -> None:
+    model = dataclasses.replace(random_checkpoint(OPT_MODEL), sha256="opt in every placement")
+    session, decoder = open_session(model, setup), golden(model)
+    cache = decoder.new_cache()
+    for ids in (prompt(40), [3], [77]):
+        assert torch.equal(session.forward(ids), decoder.forward(ids, cache, last_only=True)[0])
 
 
 def test_a_window_that_does_not_fill_its_ring_is_refused() -> None:

@@ -13,7 +13,9 @@ from golden.loaders import Checkpoint
 from golden.ops import argmax_lowest
 from golden.spec import KVStrataError
 from golden.spec.storage import PPN
+from golden.storage.attention import exact, mean_value, sparf
 from golden.storage.decoder import HybridDecoder, Sparsity, Split, StorageDecoder
+from golden.storage.fp import to_fp16
 from sw_stack.drive.attention import HeadPages, Job
 from sw_stack.drive.driver import Selection, open_drive
 from sw_stack.drive.flash import Geometry
@@ -43,7 +45,7 @@ def test_physical_pages_are_distinct() -> None:
 @pytest.mark.slow
 @pytest.mark.rtl
 def test_the_rtl_answers_from_the_maps_as_the_golden_unit_does() -> None:
-    """Tails, whole segments, spilled buffers and reclaimed sequences between; dense and sparse, bit for bit."""
+    """Tails and whole segments; dense and sparse, bit for bit."""
     random = np.random.default_rng(5)
     unit = RtlUnit(CONFIG)
     drives = [open_drive(GEOMETRY, FtlOptions(), unit=u)[0] for u in (unit, None)]
@@ -71,6 +73,55 @@ def test_the_rtl_answers_from_the_maps_as_the_golden_unit_does() -> None:
                 got, expected = (getattr(a, state) for a in answers)
                 assert np.array_equal(got, expected), f"{state} of step {step}, {selection}"
     assert len(unit.cycles) == 8 * 2 * 2
+
+
+SMALL_DRIVE = Geometry(channels=2, dies_per_channel=2, blocks_per_die=3, pages_per_block=8)
+CHURN = ((0, 300, 1), (1, 37, None), (2, 21, 1), (0, 9, 2), (1, 50, None), (2, 90, 0), (0, 130, 1), (1, 61, 2),
+         (2, 18, None), (0, 70, 0), (1, 45, None), (2, 33, 1), (0, 100, None))  # fmt: skip
+"""(sequence that grows and attends, by how many tokens, sequence that is given up afterwards)."""
+
+
+@pytest.mark.slow
+@pytest.mark.rtl
+def test_the_rtl_attends_while_buffers_spill_and_blocks_are_reclaimed() -> None:
+    """DRAM for fewer buffers than there are sequences, flash for less than is written: every answer is that of golden
+    attention over a plain list of the tokens, whatever the firmware moved meanwhile."""
+    random = np.random.default_rng(11)
+    driver, controller = open_drive(SMALL_DRIVE, FtlOptions(dram_bytes=24_000), unit=RtlUnit(CONFIG))
+    driver.config(0, SHAPE, 3)
+    held = [np.zeros((2, 2, 0, 64), np.float16) for _ in range(3)]
+    for grows, new, gives_up in CHURN:
+        kv = random.standard_normal((2, 2, new, 64)).astype(np.float16)
+        driver.append(0, grows, 0, *kv)
+        held[grows] = np.concatenate([held[grows], kv], 2)
+        q = random.standard_normal((1, 6, 64)).astype(np.float16)
+        tokens = held[grows].shape[2]
+        for selection in (None, Selection(8, min(16, tokens), 4)):
+            answer = driver.attend(0, grows, 0, q, selection)
+            assert not answer.errors
+            expected = np.concatenate([_golden(q[0], *held[grows], h, selection) for h in range(2)])
+            assert np.array_equal(answer.outputs[0].view(np.uint16), expected.view(np.uint16)), (
+                grows,
+                tokens,
+            )
+        if gives_up is not None:
+            driver.reclaim(0, gives_up, 1)
+            held[gives_up] = held[gives_up][:, :, :0]
+    work, erased = controller.ftl.counters, controller.ftl.allocator.counters
+    assert work.spilled_pages > 0
+    assert work.transposed_pages > 0
+    assert erased.foreground_erases + erased.idle_erases > 0
+
+
+def _golden(
+    q: np.ndarray, keys: np.ndarray, values: np.ndarray, head: int, selection: Selection | None
+) -> np.ndarray:
+    """float16 [G, dh] of one KV head's queries over k and v [Hkv, S, dh]."""
+    queries, k, v = q[3 * head : 3 * head + 3], keys[head], values[head]
+    if selection is None:
+        return to_fp16(exact(queries, k, v, np.ones(len(k), bool))[0])
+    s = selection
+    return sparf(queries, k, v, mean_value(v), r=s.r, top=s.k, window=s.window).output
 
 
 IDS = [1, 9690, 198, 2683, 359, 253, 5356]

@@ -114,10 +114,10 @@ def test_no_term_of_a_layer_is_below_zero(calibration, layer_table):
     assert all(v >= 0 for v in found.per.values())
 
 
-def test_the_committed_layers_are_described_within_four_percent():
+def test_the_committed_layers_are_described_within_six_percent():
     for weights in ("w8", "w4", "w2", "w2s24"):
         found = fit_layer(weights)
-        assert found.worst_residual < 0.04, weights
+        assert found.worst_residual < 0.06, weights
         assert "held" in found.method or "hold" in found.method
 
 

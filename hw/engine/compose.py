@@ -4,8 +4,8 @@ Rule: repeated blocks are synthesised once and counted; a pair of rows is synthe
 (`LanePair(16)`, on DSP48E2 cascades) plus the adders that join their dot products; memories that a device holds in
 block RAM or URAM are counted by their shape. Wiring between blocks adds nothing. Lanes make the minimum's product in
 LUTs, and as many of them the scale's too as the budget of DSPs wants (`lanes_without_dsp`). Blocks of which there are
-many are synthesised for few LUTs, the others for few levels. Sources of every row are the blocks that the engine
-elaborates; a LUT is one cell of Yosys' netlist, however few inputs it uses.
+many, and the softmax unit, are synthesised for few LUTs, the others for few levels. Sources of every row are the
+blocks that the engine elaborates; a LUT is one cell of Yosys' netlist, however few inputs it uses.
 """
 
 from dataclasses import replace
@@ -59,7 +59,7 @@ def parts(config: EngineConfig, lanes_without_dsp: int = 0) -> list[Part]:
         Part("output scale", config.vector_lanes, partial(ScaleLane), area=True),
         Part("vector lane pair", config.vector_lanes // 2, partial(VectorLanePair), area=True),
         Part("vector scalars", 1, partial(ScalarUnit)),
-        Part("softmax", 1, partial(SoftmaxUnit, config.vector_lanes)),
+        Part("softmax", 1, partial(SoftmaxUnit, config.vector_lanes), area=True),
         Part("vector walker", 1, partial(Walker, config)),
         Part("vector fetch", 1, partial(Fetch, config, Beat(config.vector_lanes))),
         Part("vector reducer", 1, partial(Reducer, config.vector_lanes, Beat(config.vector_lanes))),

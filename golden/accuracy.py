@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from golden.compression import Recipe, bits_per_weight, calibrate, calibrate_k_offset, compress
+from golden.compression import Recipe, bits_per_weight, calibrate_k_offset, compress
 from golden.decoder import Decoder
 from golden.exact_decoder import ExactDecoder
 from golden.float_decoder import FloatDecoder
@@ -47,6 +47,8 @@ CALIBRATION = (60_000, 8, 512)
 """First token, windows, tokens per window: text that no row predicts."""
 OFFSET_CALIBRATION = (60_000, 1024)
 """First token and tokens of the window from which the K offset is taken."""
+CALIBRATED = "layer by layer"
+"""How layers are calibrated; part of the key of the rows that are."""
 CENTRED = "-centred"
 """Suffix of a KV representation whose keys lose a calibrated offset first (exact level; docs/formats.md section 7)."""
 METHOD = "1"
@@ -73,8 +75,9 @@ class Row:
 
     def key(self, checkpoint: Checkpoint, text_sha256: str) -> str:
         """Hash of everything that decides the result."""
+        calibrated = [CALIBRATED] if self.recipe.needs_calibration else []
         what = json.dumps(
-            [METHOD, SPEC_VERSION, asdict(self), checkpoint.sha256, text_sha256], sort_keys=True
+            [METHOD, SPEC_VERSION, asdict(self), checkpoint.sha256, text_sha256, *calibrated], sort_keys=True
         )
         return hashlib.sha256(what.encode()).hexdigest()
 
@@ -136,11 +139,10 @@ class Bench:
             temporary.replace(path)
         return load_file(path)
 
-    def hessians(self) -> dict[str, Tensor]:
-        """Calibration."""
+    def calibration(self) -> Tensor:
+        """Token ids [windows, tokens] that recipes are calibrated on."""
         start, count, size = CALIBRATION
-        windows = self.ids[start : start + count * size].view(count, size)
-        return self._kept("hessians", lambda: calibrate(self.checkpoint, windows))
+        return self.ids[start : start + count * size].view(count, size)
 
     def k_offset(self) -> Tensor:
         """The K offset of centred rows."""
@@ -151,8 +153,8 @@ class Bench:
     def weights(self, recipe: Recipe) -> dict[str, Tensor | QuantisedWeight]:
         """Compressed weights; the last recipe is kept."""
         if self._weights is None or self._weights[0] != recipe:
-            hessians = self.hessians() if recipe.needs_calibration else None
-            self._weights = (recipe, compress(self.checkpoint, recipe, hessians))
+            windows = self.calibration() if recipe.needs_calibration else None
+            self._weights = (recipe, compress(self.checkpoint, recipe, windows))
         return self._weights[1]
 
     def decoder(self, row: Row) -> Decoder:

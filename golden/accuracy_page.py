@@ -81,7 +81,8 @@ sharper.
 - *passkey*: share of five digits retrieved. SparQ and SparF compute the prompt densely and select from the first
   predicted token on; Lambda masks the prompt as well.
 - Weights `w4` are the file's own Q4_1 codes; other formats requantise the values those codes stand for, so their error
-  comes on top. Calibration (`wanda`, `sparsegpt`, `gptq`): {calibration} tokens of the same text, elsewhere; untrained.
+  comes on top. Calibration (`wanda`, `sparsegpt`, `gptq`): {calibration} tokens of the same text, elsewhere, layer by
+  layer; untrained.
 - KV bytes of `kivi` rows count every token as quantised; the recent window in full precision comes on top."""
 
 FINDINGS = (

@@ -1,13 +1,13 @@
 """Compression of a checkpoint: 2:4 pruning, rounding with or without error compensation, calibrated on real text.
 
 Letters: N output rows, K inner dimension, G group. The Hessian of a matrix is H = sum x x^T over its calibration
-inputs x [K] (Frantar et al., GPTQ and SparseGPT; Sun et al., Wanda: only its diagonal). Inputs come from the float
-model as loaded, for all layers at once: later layers do not see the errors of earlier ones.
+inputs x [K] (Frantar et al., GPTQ and SparseGPT; Sun et al., Wanda: only its diagonal). Layers are compressed one after
+the other, as those authors do: the inputs of a layer come through the compressed layers before it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,28 +92,41 @@ class Recipe:
         return fitting_group(fmt, k)
 
 
-def calibrate(checkpoint: Checkpoint, windows: Iterable[Tensor]) -> dict[str, Tensor]:
-    """Hessians [K, K] (float64) by canonical name of the first matrix that reads each input.
+class Calibration:
+    """Calibration text on its way through a model whose layers are replaced one after the other.
 
     windows: token ids [T] of independent sequences.
     """
-    decoder = FloatDecoder(checkpoint)
-    sums: dict[str, Tensor] = {}
 
-    def collect(layer: int, operator: str, operands: dict[str, Any]) -> None:
-        name = operator.removeprefix("linear.")
-        if layer < 0 or not operator.startswith("linear.") or name in SHARED_INPUT:
-            return
-        key = f"layers.{layer}.{name}"
-        x = operands["x"].double()
-        sums[key] = sums.get(key, 0) + x.T @ x
+    def __init__(self, checkpoint: Checkpoint, windows: Iterable[Tensor]) -> None:
+        self._decoder = FloatDecoder(checkpoint)
+        self._batch = [(window, self._decoder.new_cache()) for window in windows]
+        if not self._batch:
+            raise KVStrataError("calibration needs at least one window of tokens, got none.")
+        positions = torch.cat([torch.arange(len(window)) for window, _ in self._batch])
+        self._x = self._decoder.embed(torch.cat([window for window, _ in self._batch]), positions)
 
-    decoder.probe = collect
-    for window in windows:
-        decoder.forward(window, decoder.new_cache(), last_only=True)
-    if not sums:
-        raise KVStrataError("calibration needs at least one window of tokens, got none.")
-    return sums
+    def hessians(self, layer: int) -> dict[str, Tensor]:
+        """Hessians [K, K] (float64) of a layer by canonical name of the first matrix that reads each input."""
+        found: dict[str, Tensor] = {}
+
+        def collect(at: int, operator: str, operands: dict[str, Any]) -> None:
+            name = operator.removeprefix("linear.")
+            if operator.startswith("linear.") and name not in SHARED_INPUT:
+                x = operands["x"].double()
+                found[f"layers.{at}.{name}"] = x.T @ x
+
+        self._decoder.probe = collect
+        self._decoder.layer(layer, self._x, self._batch)
+        self._decoder.probe = None
+        return found
+
+    def replace(self, layer: int, weights: Mapping[str, Tensor | QuantisedWeight]) -> None:
+        """Go on behind a layer with its matrices as compressed."""
+        for name, w in weights.items():
+            dense = w.dequantise() if isinstance(w, QuantisedWeight) else w
+            self._decoder.tensors[name] = dense.to(self._x.dtype)
+        self._x = self._decoder.layer(layer, self._x, self._batch)
 
 
 def calibrate_k_offset(checkpoint: Checkpoint, windows: Iterable[Tensor]) -> Tensor:
@@ -245,26 +258,39 @@ def compress_matrix(
 
 
 def compress(
-    checkpoint: Checkpoint, recipe: Recipe, hessians: dict[str, Tensor] | None = None
+    checkpoint: Checkpoint, recipe: Recipe, windows: Iterable[Tensor] | None = None
 ) -> dict[str, Tensor | QuantisedWeight]:
-    """Every matrix of a checkpoint by a recipe. A tensor that the file already holds in the recipe's plain format
-    is taken as it is; embedding and head are w8 (left in float by the `float` recipe)."""
+    """Every matrix of a checkpoint by a recipe, calibrated on `windows` of token ids where it needs that. A tensor that
+    the file already holds in the recipe's plain format is taken as it is; embedding and head are w8 (left in float by
+    the `float` recipe)."""
+    if recipe.needs_calibration and windows is None:
+        raise KVStrataError(f"the recipe {recipe.name} needs calibration, got none.")
+    text = Calibration(checkpoint, windows) if recipe.needs_calibration and windows is not None else None
     found: dict[str, Tensor | QuantisedWeight] = {}
     for layer in range(checkpoint.config.layers):
-        for last in checkpoint.config.linear_shapes():
-            name = f"layers.{layer}.{last}"
-            stored = checkpoint.tensor(name)
-            fmt = recipe.weight_format(stored.shape[1])
-            if isinstance(stored, QuantisedWeight) and stored.format == fmt:
-                found[name] = stored
-                continue
-            hessian = hessian_of(hessians, name) if hessians and recipe.needs_calibration else None
-            found[name] = compress_matrix(checkpoint.float32(name), recipe, hessian)
+        hessians = text.hessians(layer) if text else {}
+        done = {
+            name: _compressed(checkpoint, recipe, name, hessians)
+            for name in (f"layers.{layer}.{last}" for last in checkpoint.config.linear_shapes())
+        }
+        if text:
+            text.replace(layer, done)
+        found |= done
     if recipe.format != "float":
         for name in {"embed", checkpoint.head_name}:
             stored = checkpoint.tensor(name)
             found[name] = stored if isinstance(stored, QuantisedWeight) else quantise_weight(stored, W8)
     return found
+
+
+def _compressed(
+    checkpoint: Checkpoint, recipe: Recipe, name: str, hessians: dict[str, Tensor]
+) -> Tensor | QuantisedWeight:
+    stored = checkpoint.tensor(name)
+    if isinstance(stored, QuantisedWeight) and stored.format == recipe.weight_format(stored.shape[1]):
+        return stored
+    hessian = hessian_of(hessians, name) if recipe.needs_calibration else None
+    return compress_matrix(checkpoint.float32(name), recipe, hessian)
 
 
 def bits_per_weight(weights: dict[str, Tensor | QuantisedWeight], float_bits: float = 16.0) -> float:

@@ -110,17 +110,21 @@ class Decoder(ABC):
     def _layers(self, batch: Sequence[tuple[Tensor, Any]]) -> Tensor:
         positions = [torch.arange(cache.length, cache.length + len(ids)) for ids, cache in batch]
         x = self.embed(torch.cat([ids for ids, _ in batch]), torch.cat(positions))
-        sizes = [len(ids) for ids, _ in batch]
         for layer in range(self.config.layers):
-            q, k, v = self.linear(layer, ("q", "k", "v"), self.norm(layer, "attn", x))
-            parts = zip(q.split(sizes), k.split(sizes), v.split(sizes), batch)
-            mixed = torch.cat([self.attention(layer, qs, ks, vs, cache) for qs, ks, vs, (_, cache) in parts])
-            x = self.add(layer, "attn", x, self.linear(layer, ("o",), mixed)[0])
-            units = self._units(layer, self.norm(layer, "ffn", x))
-            x = self.add(layer, "ffn", x, self.linear(layer, ("down",), units)[0])
+            x = self.layer(layer, x, batch)
         for ids, cache in batch:
             cache.length += len(ids)
         return x
+
+    def layer(self, layer: int, x: Tensor, batch: Sequence[tuple[Tensor, Any]]) -> Tensor:
+        """One layer of vectors [T, hidden] of a batch's tokens; K and V go to the caches, whose length stays."""
+        sizes = [len(ids) for ids, _ in batch]
+        q, k, v = self.linear(layer, ("q", "k", "v"), self.norm(layer, "attn", x))
+        parts = zip(q.split(sizes), k.split(sizes), v.split(sizes), batch)
+        mixed = torch.cat([self.attention(layer, qs, ks, vs, cache) for qs, ks, vs, (_, cache) in parts])
+        x = self.add(layer, "attn", x, self.linear(layer, ("o",), mixed)[0])
+        units = self._units(layer, self.norm(layer, "ffn", x))
+        return self.add(layer, "ffn", x, self.linear(layer, ("down",), units)[0])
 
     def _units(self, layer: int, x: Tensor) -> Tensor:
         """The feed-forward network's hidden units [T, ffn]."""

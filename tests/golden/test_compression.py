@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from golden.compression import (
+    Calibration,
     Recipe,
     bits_per_weight,
-    calibrate,
     compress,
     compress_matrix,
     hessian_of,
@@ -76,14 +76,39 @@ def test_white_inputs_make_wanda_magnitude_and_gptq_nearest(layer):
 
 def test_calibration_collects_what_each_matrix_reads(tiny):
     windows = [torch.arange(20), torch.arange(30, 50)]
-    hessians = calibrate(tiny, windows)
-    decoder, seen = FloatDecoder(tiny), []
+    text = Calibration(tiny, windows)
+    assert set(text.hessians(0)) == {f"layers.0.{n}" for n in ("q", "o", "up", "down")}
+    rng = torch.Generator().manual_seed(1)
+    names = [f"layers.0.{name}" for name in tiny.config.linear_shapes()]
+    first = {n: torch.randn(tiny.float32(n).shape, generator=rng) / 8 for n in names}
+    text.replace(0, first)
+    # The second layer's inputs come through the first one as it was replaced.
+    decoder, seen = FloatDecoder(tiny, weights=first), []
     decoder.probe = lambda layer, name, o: seen.append(o["x"]) if (layer, name) == (1, "linear.up") else None
     for w in windows:
         decoder.forward(w, decoder.new_cache())
     x = torch.cat(seen).double()
-    assert torch.allclose(hessian_of(hessians, "layers.1.up"), x.T @ x)
-    assert set(hessians) == {f"layers.{i}.{n}" for i in (0, 1) for n in ("q", "o", "up", "down")}
+    assert torch.allclose(hessian_of(text.hessians(1), "layers.1.up"), x.T @ x)
+
+
+def test_a_recipe_that_needs_calibration_gets_text(tiny):
+    with pytest.raises(KVStrataError, match="the recipe w4 gptq needs calibration, got none"):
+        compress(tiny, Recipe("w4", rounding="gptq"))
+    with pytest.raises(KVStrataError, match="at least one window of tokens, got none"):
+        compress(tiny, Recipe("w4", rounding="gptq"), [])
+
+
+def test_gptq_through_a_whole_model_beats_rounding(tiny):
+    """Calibrated layer by layer, on other tokens than those that judge."""
+    rng = torch.Generator().manual_seed(5)
+    windows, judge = torch.randint(0, 96, (6, 64), generator=rng), torch.randint(0, 96, (64,), generator=rng)
+    reference = FloatDecoder(tiny)
+    exact = reference.forward(judge, reference.new_cache())
+    errors = []
+    for rounding in ("nearest", "gptq"):
+        decoder = FloatDecoder(tiny, weights=compress(tiny, Recipe("w4", 32, rounding=rounding), windows))
+        errors.append(float((decoder.forward(judge, decoder.new_cache()) - exact).norm()))
+    assert errors[1] < 0.95 * errors[0], errors
 
 
 def test_bits_are_those_of_the_packed_image(tiny):

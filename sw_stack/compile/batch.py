@@ -11,12 +11,15 @@ from __future__ import annotations
 from golden.spec import KVStrataError
 from golden.spec.engine import Op
 from sw_stack.compile.builder import Instruction
-from sw_stack.compile.decoder import Emitter, Exponents, Programs, head_program, placed
+from sw_stack.compile.decoder import Programs, placed
+from sw_stack.compile.emitter import Exponents
+from sw_stack.compile.head import head_program
+from sw_stack.compile.layers import LayerEmitter
 from sw_stack.compile.program import R
 from sw_stack.pack.memory_map import MemoryMap
 
 
-class BatchEmitter(Emitter):
+class BatchEmitter(LayerEmitter):
     """Shared halves of a layer over all sequences' vectors, and attention of one."""
 
     def __init__(self, memory_map: MemoryMap, norms: Exponents) -> None:

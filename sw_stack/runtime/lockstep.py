@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from golden.exact_decoder import ExactDecoder
-from sw_stack.compile.decoder import Layers
+from sw_stack.compile.layers import Layers
 from sw_stack.compile.program import Program
 from sw_stack.runtime.session import Session
 

@@ -21,10 +21,10 @@ from golden.spec.memory import MemoryModel
 from sw_stack.compile.memory import MemoryTiming
 from sw_stack.compile.program import Program
 from sw_stack.compile.schedule import schedule
-from sw_stack.device.cells import Cell, build, cells
+from sw_stack.device.cells import Cell, Work, build, cells
 from sw_stack.device.golden import GoldenDevice
 from sw_stack.device.state import EngineState
-from sw_stack.rtl.engine import EngineProcess, engine_program
+from sw_stack.rtl.engine import EngineProcess, EngineRun, engine_program
 
 LATENCIES = (2, 20)
 """Cells alternate between these fixed memory latencies."""
@@ -52,61 +52,65 @@ class Result:
 
 
 class Runner:
-    """One simulation of an engine at one memory latency."""
+    """One simulation of an engine over memories that answer like `memory`."""
 
-    def __init__(self, config: EngineConfig, latency_cycles: int) -> None:
-        self.config, self.latency = config, latency_cycles
-        self._process = EngineProcess(config, MemoryModel("fixed", latency_cycles=latency_cycles))
+    def __init__(self, config: EngineConfig, memory: MemoryModel) -> None:
+        self.config, self.memory = config, memory
+        self.process = EngineProcess(config, memory)
         self._folder = tempfile.TemporaryDirectory()
 
     def close(self) -> None:
         """End the simulation."""
-        self._process.close()
+        self.process.close()
         self._folder.cleanup()
 
     def run(self, cell: Cell) -> Result:
         """A cell on both devices. KVStrataError naming the cell and the first byte that differs."""
         work = build(cell, self.config)
-        golden = GoldenDevice(EngineState(self.config, work.channels.copy(), work.aux.copy(), 0))
-        golden.run(0, {})
-        self._load(work.channels, work.aux)
-        run = self._process.run(0, {})
-        if run.state is not State.DONE:
-            raise KVStrataError(f"{cell.name}: the engine stopped with {run.error.name.lower()}")
-        self._compare(cell, golden.state)
+        run = self.execute(cell.name, work)
         program = Program(cell.operator, 0, 0, work.instructions)
-        predicted = schedule(program, self.config, {}, MemoryTiming(self.latency)).cycles
-        return Result(cell, self.latency, predicted, run.cycles)
+        predicted = schedule(program, self.config, {}, MemoryTiming.of(self.memory)).cycles
+        return Result(cell, self.memory.latency_cycles, predicted, run.cycles)
 
-    def _load(self, channels: np.ndarray, aux: np.ndarray) -> None:
-        for c, words in enumerate([*channels, aux]):
+    def execute(self, name: str, work: Work, registers: dict[int, int] | None = None) -> EngineRun:
+        """Any program with its memories on both devices, likewise."""
+        golden = GoldenDevice(EngineState(self.config, work.channels.copy(), work.aux.copy(), 0))
+        golden.run(0, registers or {})
+        self.load(work)
+        run = self.process.run(0, registers or {})
+        if run.state is not State.DONE:
+            raise KVStrataError(f"{name}: the engine stopped with {run.error.name.lower()}")
+        self._compare(name, golden.state)
+        return run
+
+    def load(self, work: Work) -> None:
+        """Its memories into the simulation."""
+        for c, words in enumerate([*work.channels, work.aux]):
             path = Path(self._folder.name) / f"{c}.bin"
             path.unlink(missing_ok=True)
             path.write_bytes(words.tobytes())
-            if c < len(channels):
-                self._process.map_channel(c, path)
+            if c < len(work.channels):
+                self.process.map_channel(c, path)
             else:
-                self._process.map_aux(path)
+                self.process.map_aux(path)
 
-    def _compare(self, cell: Cell, state: EngineState) -> None:
+    def _compare(self, name: str, state: EngineState) -> None:
         for c, words in enumerate(state.channels):
-            self._equal(cell, f"channel {c}", self._process.read_channel(c, 0, words.size), words.reshape(-1))
-        self._equal(cell, "auxiliary memory", self._process.read_aux(0, len(state.aux)), state.aux)
+            self._equal(name, f"channel {c}", self.process.read_channel(c, 0, words.size), words.reshape(-1))
+        self._equal(name, "auxiliary memory", self.process.read_aux(0, len(state.aux)), state.aux)
 
     @staticmethod
-    def _equal(cell: Cell, where: str, rtl: np.ndarray, golden: np.ndarray) -> None:
+    def _equal(name: str, where: str, rtl: np.ndarray, golden: np.ndarray) -> None:
         if not np.array_equal(rtl, golden):
             i = int((rtl != golden).argmax())
-            raise KVStrataError(
-                f"{cell.name}: byte {i:#x} of {where} is {rtl[i]} on the RTL, {golden[i]} golden"
-            )
+            raise KVStrataError(f"{name}: byte {i:#x} of {where} is {rtl[i]} on the RTL, {golden[i]} golden")
 
 
 def _batch(config: EngineConfig, latency: int, part: Sequence[Cell]) -> list[Result]:
     import torch
 
     torch.set_num_threads(1)
-    runner = Runner(config, latency)
+    runner = Runner(config, MemoryModel("fixed", latency_cycles=latency))
     try:
         return [runner.run(cell) for cell in part]
     finally:

@@ -10,6 +10,7 @@ import pytest
 
 from golden.spec import KVStrataError
 from golden.spec.engine import SMALL, TINY
+from golden.spec.memory import MemoryModel
 from sw_stack.device import sweep
 from sw_stack.device.cells import Cell, build, cells
 from sw_stack.device.golden import GoldenDevice
@@ -37,7 +38,7 @@ def test_the_sweep_is_large_and_varied() -> None:
 
 
 def test_operators_are_exact_and_predicted() -> None:
-    runner = sweep.Runner(TINY, 20)
+    runner = sweep.Runner(TINY, MemoryModel("fixed", latency_cycles=20))
     try:
         results = [runner.run(cell) for cell in QUICK]
     finally:
@@ -53,12 +54,14 @@ def test_a_wrong_byte_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         work = build(chosen, TINY)
         rtl = work.channels.copy()
         work.channels[1, 3, 5] ^= 0xFF
-        monkeypatch.setattr(sweep.Runner, "_load", lambda self, channels, aux: load(self, rtl, aux))
+        monkeypatch.setattr(
+            sweep.Runner, "load", lambda self, work: load(self, dataclasses.replace(work, channels=rtl))
+        )
         return work
 
-    load = sweep.Runner._load
+    load = sweep.Runner.load
     monkeypatch.setattr(sweep, "build", other)
-    runner = sweep.Runner(TINY, 2)
+    runner = sweep.Runner(TINY, MemoryModel("fixed", latency_cycles=2))
     try:
         with pytest.raises(
             KVStrataError, match=r"linear 96 x 128.*: byte 0x[0-9a-f]+ of channel 1 is \d+ on the RTL"

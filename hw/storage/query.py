@@ -60,11 +60,9 @@ class QueryUnit(wiring.Component):
         pattern_2 = _registered(m, "pattern_2", self.elements[tag_1[2:6]])
         tag_2 = _registered(m, "tag_2", tag_1)
         exponent = pattern_2[10:15]
-        magnitude_3 = _registered(
-            m,
-            "magnitude_3",
-            Cat(pattern_2[:10], exponent.any()) << Mux(exponent.any(), exponent - 1, 0)[:5],
-        )
+        # A subnormal counts as exponent 1; one place too far and back again costs no subtraction.
+        places = exponent | ~exponent.any()
+        magnitude_3 = _registered(m, "magnitude_3", (Cat(pattern_2[:10], exponent.any()) << places) >> 1)
         tag_3 = _registered(m, "tag_3", tag_2)
         all_sum = Array(Signal(MAGNITUDE_BITS, name=f"all_{n}") for n in range(self._lanes))
         marked_sum = Array(Signal(MAGNITUDE_BITS, name=f"marked_{n}") for n in range(self._lanes))

@@ -471,11 +471,17 @@ class AttentionUnit(wiring.Component):
         page, entry = want.p, want.p.ledger
         chosen = Mux(second, second_owner, slot)
         of_slot = self._job(m, "want", chosen)
+        # a page that is offered keeps its status: an abort or a fault counts from the next page on
+        fault, held_fault = Signal(4), Signal(4)
+        m.d.comb += [
+            fault.eq(Mux(self._aborting, Status.ABORTED, Mux(second, self._status[second_owner], 0))),
+            entry.status.eq(Mux(held, held_fault, fault)),
+        ]
+        m.d.sync += held_fault.eq(entry.status)
         m.d.comb += [
             entry.slot.eq(chosen),
             page.sequence.eq(of_slot.sequence),
             page.kv_head.eq(of_slot.kv_head),
-            entry.status.eq(Mux(self._aborting, Status.ABORTED, Mux(second, self._status[second_owner], 0))),
         ]
         with m.If(second | ~sparse):
             token = second_pass.o.p, dense_want.p

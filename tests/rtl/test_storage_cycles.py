@@ -1,4 +1,4 @@
-"""The closed form of a whole batch against the RTL: within 3 % whatever the shape, the selection and the flash."""
+"""The closed form of a whole batch against the RTL: within 3 % over shapes, selections and flash, but for one shape."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ SMALL, DRIVE = (
 )
 TOLERANCE = 0.03
 BACKLOG_TOLERANCE = 0.05
-"""For the one shape tried that 3 % does not hold; docs/storage.md says what the form leaves out."""
+"""For the shape tried that 3 % does not hold at tR = 50 us; docs/storage.md says what the form leaves out."""
 
 
 def batch_of(seed, heads, tokens, head_size, config, *, r=0, k=0, m=2):
@@ -79,6 +79,13 @@ def test_sparf_batches_take_the_expected_time(head_size, heads, tokens, r, k, m,
 def test_clustered_selections_take_the_expected_time(heads, tokens, read_ns):
     made = selections.batch(np.random.default_rng(heads), heads, tokens, clustered=True)
     check(made.cache, made.jobs, made.traces, DRIVE, read_ns=read_ns)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("read_ns", "tolerance"), [(500, TOLERANCE), (50_000, BACKLOG_TOLERANCE)])
+def test_scattered_selections_on_slow_flash_are_within_the_documented_miss(read_ns, tolerance):
+    made = batch_of(2048, 12, 2048, 128, DRIVE, r=8, k=256, m=4)
+    check(*made, DRIVE, tolerance=tolerance, read_ns=read_ns)
 
 
 def test_the_closed_form_knows_the_units_limits():

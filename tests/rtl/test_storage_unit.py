@@ -204,6 +204,18 @@ def test_abort_completes_everything_and_the_unit_goes_on(sparse, after):
 
 
 @pytest.mark.parametrize("sparse", [False, True])
+def test_an_abort_withdraws_no_request_that_the_firmware_has_not_taken(sparse):
+    """The simulation stops at a request that leaves or changes before it is taken."""
+    cache, jobs, data = batch(10, [300, 200, 100], 64, sparse=sparse)
+    steps = [Step(config=config_record(cache, 1)), *(Step(job=job) for job in jobs[:2])]
+    for after in range(700, 760, 6):
+        result = run_steps(
+            cache, [*steps, Step(abort_after=after), Step(job=jobs[2])], SMALL, **FAST, pause_map=97
+        )
+        assert Status.ABORTED in {result.completions[number].status for number in range(2)}
+
+
+@pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("after", [0, 700, 2500, pytest.param(5000, marks=pytest.mark.slow), 9000])
 def test_a_reset_in_mid_traffic_leaves_nothing_behind(sparse, after):
     cache, jobs, data = batch(14, [300, 500, 250, 400, 100], 64, sparse=sparse)

@@ -8,9 +8,9 @@
 // MAP: 64-bit key (PAGE_REQUEST fields sequence, kv_head, kind, index: see key_of), 32-bit page, 32-bit flags (1: DRAM).
 // RESULTS: text, a line per event: "o KERNEL ID QUERY ELEMENT BITS", "m ID QUERY MAXIMUM SUM" with a query's element 0, "c CYCLE ID SEQUENCE HEAD STATUS FIELD INDEX",
 // "s STATUS FIELD" for a config, "r CHANNEL PAGE" for a read, "n CYCLES" and "k COUNTER..." at the end. Flash parameters are those of FlashParams;
-// pause_out and pause_map are percentages of idle cycles, map_latency cycles from a request to its answer, pause_seed,
+// pause_out and pause_map (requests and answers) are percentages of idle cycles, map_latency cycles from a request to its answer, pause_seed,
 // reset_cycles (hw/storage/timing.py). Gives up after `limit` cycles, or 400,000 in which no page is asked for or moves and
-// nothing comes out.
+// nothing comes out; or at once, if a request is withdrawn or changed before it is taken.
 // (Verilator writes a double underscore as ___05F.)
 #include <cstdint>
 #include <cstdio>
@@ -135,7 +135,8 @@ int main(int argc, char** argv) {
   reset();
   long cycle = 0, completions = 0, abort_in = -1, start = -1, last = 0;
   size_t operand = 0, issued = 0;
-  bool command_given = false;
+  bool command_given = false, withdrawn = false;
+  std::vector<uint32_t> offered;  // the request that was not taken in the last cycle
   std::deque<std::pair<long, uint64_t>> answers;  // due cycle, descriptor
   while ((size_t(completions) < expected || !steps.empty()) && cycle < limit && cycle - last < 400000) {
     dut.clk = 0;
@@ -146,6 +147,7 @@ int main(int argc, char** argv) {
       answers.clear();
       expected -= issued - completions;
       issued = completions;
+      offered.clear();
       reset();
     }
     if (!steps.empty()) {
@@ -168,7 +170,7 @@ int main(int argc, char** argv) {
     const bool answer = !answers.empty() && answers.front().first <= cycle && random() % 100 >= unsigned(pause_map);
     dut.descriptor___05Fvalid = answer;
     if (answer) dut.descriptor___05Fpayload = answers.front().second;
-    dut.request___05Fready = answers.size() < 64;
+    dut.request___05Fready = answers.size() < 64 && random() % 100 >= unsigned(pause_map);
     dut.output___05F0___05Fready = random() % 100 >= unsigned(pause_out);
     dut.output___05F1___05Fready = random() % 100 >= unsigned(pause_out);
     dut.completion___05Fready = 1;
@@ -196,6 +198,14 @@ int main(int argc, char** argv) {
       }
     }
     if (answer && dut.descriptor___05Fready) answers.pop_front();
+    const std::vector<uint32_t> request_now(dut.request___05Fpayload.data(), dut.request___05Fpayload.data() + sizeof(dut.request___05Fpayload) / 4);
+    if (!offered.empty() && (!dut.request___05Fvalid || request_now != offered)) {
+      std::fprintf(stderr, "cycle %ld: a page request was %s before it was taken", cycle - start, dut.request___05Fvalid ? "changed" : "withdrawn");
+      withdrawn = true;
+      break;
+    }
+    offered.clear();
+    if (dut.request___05Fvalid && !dut.request___05Fready) offered = request_now;
     if (dut.request___05Fvalid && dut.request___05Fready) {
       const uint32_t* request = dut.request___05Fpayload.data();
       // key: kind (2), kv_head (8), sequence (12), index (17): the low 39 bits of PAGE_REQUEST
@@ -234,5 +244,5 @@ int main(int argc, char** argv) {
   std::fprintf(out, "k %llu %llu %llu %llu %llu %llu %llu %llu\n", (unsigned long long)dut.counters___05F0, (unsigned long long)dut.counters___05F1, (unsigned long long)dut.counters___05F2, (unsigned long long)dut.counters___05F3, (unsigned long long)dut.counters___05F4, (unsigned long long)dut.counters___05F5, (unsigned long long)dut.counters___05F6, (unsigned long long)dut.counters___05F7);
   std::fclose(out);
   dut.final();
-  return size_t(completions) == expected ? 0 : 4;
+  return withdrawn ? 5 : size_t(completions) == expected ? 0 : 4;
 }

@@ -37,7 +37,7 @@ def test_the_proof_notices(name, monkeypatch):
 
 
 def test_a_wanted_page_is_asked_for_read_once_and_entered_in_its_ledger():
-    """The solver takes minutes a cycle from the eighth on, which is why the bound is no higher."""
+    """Minutes of solver time, which is why the bound is no higher."""
     prove(proofs.RequesterProof(), "requesterproof", depth=8, induction=False, timeout_s=1500)
 
 

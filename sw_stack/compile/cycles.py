@@ -6,18 +6,19 @@ they have one; the others are named where they are used. Cycle 0 is the first on
 cycle named here is the one in which a transfer happens; what it changes is visible in the next.
 
 Not modelled: two units on one bank of the vector buffer in one cycle (the compiler gives them different banks), and
-single beats of the APPEND unit that delay a LOAD on their channel. Two masters of one port (LOAD and APPEND, fetcher
-and DMA) see each other's bursts from the pass before.
+which DRAM rows are open. Two masters of one port (LOAD and APPEND, fetcher and DMA) see each other's transfers from
+the pass before.
 """
 
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
+
+import numpy as np
 
 from golden.spec.engine import STEP, WORD_BYTES, Codes, EngineConfig, Op, StreamFormat
 from golden.spec.memory import MAX_BURST_BEATS
@@ -32,7 +33,7 @@ from hw.engine.queue import QUEUE_DEPTH, UnitQueue
 from hw.engine.sfu.timing import instruction_cycles
 from hw.engine.sfu.unit import SETTLE_WORDS
 from hw.timing import DRAIN_END, DRAIN_START
-from sw_stack.compile.memory import MemoryTiming
+from sw_stack.compile.memory import MemoryPort, MemoryTiming
 
 FIFO_OUT = ReadChannel.latency - 1
 """From a beat on the bus to the head of the prefetch FIFO."""
@@ -47,39 +48,6 @@ def bursts(address_words: int, beats: int) -> Iterator[int]:
         yield taken
         address_words += taken
         beats -= taken
-
-
-class ReadPort:
-    """One master's view of a memory's read side: bursts are answered in the order of their addresses, at its rate.
-
-    `others`: what another master asked of the same memory in an earlier pass of the prediction.
-    """
-
-    def __init__(self, memory: MemoryTiming, others: ReadPort | None = None) -> None:
-        self.memory = memory
-        self._others = others
-        self._accepted: list[int] = []
-        self._free: list[float] = []
-        """Cycle behind the last beat of each burst, or of an earlier one that ends later."""
-
-    def read(self, accepted: int, beats: int) -> float:
-        """Cycle of a burst's first beat; `accepted` is the address's transfer. Calls need not be in that order."""
-        place = bisect_right(self._accepted, accepted)
-        first = max(float(accepted + self.memory.latency_cycles), self._behind(accepted))
-        self._accepted.insert(place, accepted)
-        self._free.insert(place, first + beats / self.memory.words_per_cycle)
-        return first
-
-    def alone(self) -> ReadPort:
-        """The same reads without the other master's, for the next pass."""
-        self._others = None
-        return self
-
-    def _behind(self, accepted: int) -> float:
-        """When the bursts before an address are answered."""
-        place = bisect_right(self._accepted, accepted)
-        own = self._free[place - 1] if place else 0.0
-        return max(own, self._others._behind(accepted)) if self._others else own
 
 
 # --- LOAD and MATRIX ---------------------------------------------------------------------------------------
@@ -103,11 +71,10 @@ class Job:
 class WordStream:
     """LOAD: descriptors to bursts to words in the FIFOs; the array takes them in order."""
 
-    def __init__(self, config: EngineConfig, port: ReadPort) -> None:
+    def __init__(self, config: EngineConfig, port: MemoryPort) -> None:
         self._fifo, self._port = config.fifo_words, port
-        self._interval = 1 / port.memory.words_per_cycle
         self._words = 0
-        self._arrived: list[float] = []
+        self._arrived: list[int] = []
         self.taken: list[int] = []
         """Cycle in which the decoder took each word."""
         self._requests = [-1] * BURST_QUEUE
@@ -156,11 +123,11 @@ class WordStream:
         requested = max(job.handed + 1, self._requests[-1] + 1, room)
         self._requests.append(requested)
         arrived = self._port.read(requested + ADDRESS, burst.beats)
-        self._arrived += [arrived + i * self._interval + FIFO_OUT for i in range(burst.beats)]
+        self._arrived += (np.ceil(arrived).astype(int) + FIFO_OUT).tolist()
 
     def take(self, earliest: int) -> int:
         """The array takes the next word in the first cycle from `earliest` in which it is there."""
-        cycle = max(earliest, math.ceil(self._arrived[len(self.taken)]))
+        cycle = max(earliest, self._arrived[len(self.taken)])
         self.taken.append(cycle)
         if self._jobs:
             self._advance()
@@ -351,18 +318,18 @@ class Placed:
 
 @dataclass(frozen=True)
 class TileRead:
-    """A row block of V: when its first words are on the bus, how many, of how many channels."""
+    """A row block of V: when its first words are on the bus, how many of each channel, of which channels."""
 
     arrived: int
     words: int
-    channels: int
+    channels: range
 
 
 class Append:
     """APPEND: `AHEAD` vectors are placed and read behind the one that is written; `JOBS` may wait for answers."""
 
-    def __init__(self, config: EngineConfig, port: ReadPort) -> None:
-        self._config, self._memory, self._port = config, port.memory, port
+    def __init__(self, config: EngineConfig, port: MemoryPort, auxiliary: MemoryPort) -> None:
+        self._config, self._port, self._auxiliary = config, port, auxiliary
         self.free = 0
         """First cycle in which another operation is taken."""
         self._idle = 0
@@ -388,18 +355,19 @@ class Append:
             begun = max(handed + HANDOVER, self._idle)
             self._begun = [*self._begun[1:], begun]
             taken = records.take(begun + 1)
-            answered = self._values(taken, tile) if values else self._key(taken, f)
+            answered = self._values(taken, tile) if values else self._key(taken, f, f["addr"] + n)
             job.answered = max(answered, self._jobs[-1].answered + 1)
             self._jobs = [*self._jobs[1:], job]
             place = handed + 1
         self.free = place
         return self._jobs[-1].answered
 
-    def _key(self, taken: int, f: dict[str, int]) -> int:
+    def _key(self, taken: int, f: dict[str, int], slot: int) -> int:
         """A scale record and the pieces, one a cycle; the cycle with all answers in."""
+        channel = slot // self._config.lanes_per_channel % self._config.channels
         last = taken + 1 + f["head_size"] // STEP * (f["bits"] // 2)
         self._idle = last + 1
-        return self._answered(last, 1)
+        return max(self._answered(at, channel) for at in range(taken + 1, last + 1))
 
     def _tile(self, ready: int, f: dict[str, int], slot: int, job: Placed) -> list[TileRead]:
         """Row block by row block, each once no vector without all its answers shares a word with it."""
@@ -412,7 +380,8 @@ class Append:
             used = set(range(channel, channel + here))
             clashes = [j.answered + 1 for j in self._jobs if j.shares(word, word + tile, used)]
             at = max([ready, self._asked, *clashes])
-            reads.append(TileRead(math.ceil(self._port.read(at + ADDRESS, tile)), here * tile, here))
+            arrived = self._port.read(at + ADDRESS, tile, slice(channel, channel + here))
+            reads.append(TileRead(math.ceil(arrived[0]), tile, range(channel, channel + here)))
             self._asked_at, self._asked = at, at + tile + 1
             job.channels |= used
             job.end, groups, channel = word + tile, groups - here, 0
@@ -423,18 +392,20 @@ class Append:
         """Change and write a word a cycle, then the scale record; the cycle with all answers in."""
         last, answered = taken, 0
         for read in tile:
-            arrived = read.arrived + self._memory.refresh_wait(read.channels, read.arrived)
-            last = max(last, arrived) + read.words
-            answered = max(answered, self._answered(last, read.channels))
+            last = max(last, read.arrived)
+            for channel in read.channels:
+                for _ in range(read.words):
+                    last += 1
+                    answered = max(answered, self._answered(last, channel))
         self._idle = last + 2
         # The auxiliary port changes owner in a cycle of its own, unless an answer is still to come.
-        self._scales = self._answered(last + 1 + (last + 1 + WordWriter.latency >= self._scales), 1)
+        sent = last + 1 + (last + 1 + WordWriter.latency >= self._scales) + WordWriter.latency
+        self._scales = math.ceil(self._auxiliary.write(sent)) + 1
         return max(answered, self._scales)
 
-    def _answered(self, written: int, channels: int) -> int:
-        """First cycle in which the last word, taken in cycle `written`, is seen answered, for as many channels."""
-        sent = written + WordWriter.latency
-        return sent + self._memory.write_latency_cycles + self._memory.refresh_wait(channels, sent) + 1
+    def _answered(self, written: int, channel: int) -> int:
+        """First cycle in which a word, taken in cycle `written`, is seen answered."""
+        return math.ceil(self._port.write(written + WordWriter.latency, 1, slice(channel, channel + 1))) + 1
 
 
 WRITE_GATHER = 3
@@ -445,9 +416,9 @@ WRITE_GATHER = 3
 class Dma:
     """READ and WRITE between auxiliary memory and the vector buffer."""
 
-    def __init__(self, config: EngineConfig, port: ReadPort) -> None:
+    def __init__(self, config: EngineConfig, port: MemoryPort) -> None:
         self._ratio = WORD_BYTES // (4 * config.vector_lanes)
-        self._memory, self._port = port.memory, port
+        self._port = port
 
     def run(self, start: int, f: dict[str, int], write: bool) -> int:
         """Cycle of `done` of an operation transferred in cycle `start`."""
@@ -456,18 +427,17 @@ class Dma:
         rows = [list(bursts((f["addr"] + v * f["stride"]) // WORD_BYTES, beats)) for v in range(f["vectors"])]
         if write:
             return self._write(posted, rows, f["count"])
-        handed, moved = posted + AddressGenerator.latency, 0.0
-        per_beat = 1 / self._memory.words_per_cycle
+        handed, moved = posted + AddressGenerator.latency, 0
         for beats_of in rows:
             left = f["count"]
             for n in beats_of:
                 arrived = self._port.read(handed + ADDRESS, n)
-                arrived += self._memory.refresh_wait(1, int(arrived))
                 handed += 1
                 here = min(left, n * self._ratio)
                 left -= here
-                moved = max(moved + here, arrived + FIFO_OUT + here, arrived + n * per_beat + FIFO_OUT)
-        return math.ceil(moved)
+                first, last = math.ceil(arrived[0]), math.ceil(arrived[-1])
+                moved = max(moved + here, first + FIFO_OUT + here, last + 1 + FIFO_OUT)
+        return moved
 
     def _write(self, posted: int, rows: list[list[int]], count: int) -> int:
         """A burst starts when all its beats are in the write buffer, the one before has its address taken and sends its
@@ -484,7 +454,7 @@ class Dma:
                 address = max(moved + 1, sent, taken + 1) + ADDRESS
                 taken = address + (address > answered)
                 sent = taken + beats - 1
-                answered = sent + self._memory.write_latency_cycles
+                answered = math.ceil(self._port.write(sent, beats))
         return answered
 
 
@@ -492,9 +462,9 @@ class Dma:
 class Fetch:
     """The fetcher and the dispatcher: an instruction per cycle, in order, into queues of `QUEUE_DEPTH`."""
 
-    def __init__(self, port: ReadPort) -> None:
+    def __init__(self, port: MemoryPort) -> None:
         self._port = port
-        self._arrived: list[float] = []
+        self._arrived: list[int] = []
         """Cycle in which each word of the program is at the head of the fetcher's FIFO."""
         self._left: list[int] = []
         """Cycle in which each instruction leaves the fetcher."""
@@ -505,7 +475,7 @@ class Fetch:
         """First cycle in which instruction `index` is at the head of its unit's empty queue."""
         self._request(base // WORD_BYTES)
         arrived = self._arrived[index // PER_WORD]
-        self._left.append(max(math.ceil(arrived), self._moved))
+        self._left.append(max(arrived, self._moved))
         # The dispatcher decodes in one cycle and holds the instruction until its queue has room.
         self._moved = self._left[-1] + 1
         if len(starts) >= QUEUE_DEPTH:
@@ -514,7 +484,6 @@ class Fetch:
 
     def _request(self, base: int) -> None:
         """Ask for every burst that has room: the fetcher reads on, whatever the instructions are."""
-        interval = 1 / self._port.memory.words_per_cycle
         while True:
             word = len(self._arrived)
             beats = MAX_BURST_BEATS - (base + word) % MAX_BURST_BEATS
@@ -522,23 +491,33 @@ class Fetch:
             if left > len(self._left):
                 return
             self._requested = max(self._requested + 1, self._left[left - 1] + 1 if left > 0 else 0)
-            first = self._port.read(self._requested + ADDRESS, beats)
-            self._arrived += [first + i * interval + FIFO_OUT for i in range(beats)]
+            arrived = self._port.read(self._requested + ADDRESS, beats)
+            self._arrived += (np.ceil(arrived).astype(int) + FIFO_OUT).tolist()
 
 
 @dataclass
 class Ports:
-    """The masters' read ports of one pass: LOAD and APPEND share the channels, fetcher and DMA auxiliary memory."""
+    """The masters' ports of one pass: LOAD and APPEND share the channels, fetcher and DMA auxiliary memory.
 
-    load: ReadPort
-    append: ReadPort
-    fetch: ReadPort
-    dma: ReadPort
+    `scales`, APPEND's port of auxiliary memory, is taken not to meet the others' reads.
+    """
+
+    load: MemoryPort
+    append: MemoryPort
+    fetch: MemoryPort
+    dma: MemoryPort
+    scales: MemoryPort
 
     @classmethod
-    def of(cls, memory: MemoryTiming, before: Ports | None = None) -> Ports:
+    def of(cls, memory: MemoryTiming, channels: int, before: Ports | None = None) -> Ports:
         """Ports of a first pass, or of one after another."""
-        if before is None:
-            return cls(*(ReadPort(memory) for _ in range(4)))
-        load, fetch, dma = (port.alone() for port in (before.load, before.fetch, before.dma))
-        return cls(ReadPort(memory), ReadPort(memory, load), ReadPort(memory, dma), ReadPort(memory, fetch))
+        load, append, fetch, dma = (
+            (before.load.own, before.append.own, before.fetch.own, before.dma.own) if before else ((),) * 4
+        )
+        return cls(
+            MemoryPort(memory, channels, 0, append),
+            MemoryPort(memory, channels, 0, load),
+            MemoryPort(memory, 1, channels, dma),
+            MemoryPort(memory, 1, channels, fetch),
+            MemoryPort(memory, 1, channels),
+        )

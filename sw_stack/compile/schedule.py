@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from sw_stack.compile.cycles import ArrayOp, Ports
 
 
-PASSES = 4
-"""Predictions at most until masters of one memory port agree on each other's bursts."""
+PASSES = 12
+"""Predictions at most until masters of one memory port agree on each other's transfers."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,11 @@ def schedule(
     """Predict a run of `program` with the given scalar registers."""
     from sw_stack.compile.cycles import Ports
 
-    ports = Ports.of(memory or MemoryTiming())
+    timing = memory or MemoryTiming()
+    ports = Ports.of(timing, config.channels)
     last = _Scheduler(config, ports).run(program, registers)
     for _ in range(PASSES - 1):
-        ports = Ports.of(ports.load.memory, ports)
+        ports = Ports.of(timing, config.channels, ports)
         before, last = last, _Scheduler(config, ports).run(program, registers)
         if last.cycles == before.cycles:
             break
@@ -86,7 +87,7 @@ class _Scheduler:
         self.config = config
         self.words = cycles.WordStream(config, ports.load)
         self.array = cycles.Array(config, self.words)
-        self.append = cycles.Append(config, ports.append)
+        self.append = cycles.Append(config, ports.append, ports.scales)
         self.dma = cycles.Dma(config, ports.dma)
         self.records = cycles.Records()
         self.fetch = cycles.Fetch(ports.fetch)

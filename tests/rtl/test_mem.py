@@ -1,13 +1,17 @@
 """Memory masters as Verilog under Verilator, against the HBM model and a third-party AXI model."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
 
+from golden.spec.engine import TINY
 from golden.spec.memory import MemoryModel
 from hw.engine.mem.stream import stream
 from hw.engine.mem.striped import StripedReader
 from hw.flow import cocotb_run
+from sw_stack.compile.cycles import WordStream
+from sw_stack.compile.memory import MemoryPort, MemoryTiming
 from tests.rtl.mem_duts import Copier, striped_reader
 from tools.bench.mem import limit_beats_per_cycle
 
@@ -44,6 +48,19 @@ def test_the_prefetch_fifo_hides_hbm_latency_and_refresh():
     assert 0.95 * limit <= fraction <= limit * 1.005
     assert counts["refreshes"] > 10
     assert counts["mean_latency_cycles"] > 30
+
+
+@pytest.mark.parametrize("beats", [100, 300, 1000, 3000])
+def test_a_stretch_waits_for_whole_refreshes_as_predicted(beats):
+    """Channels in lock step: a short stretch loses whole refreshes, not their mean share."""
+    memory = MemoryModel()
+    port = MemoryPort(MemoryTiming.of(memory), 2)
+    words = WordStream(replace(TINY, fifo_words=128), port)
+    words.load(0, 0, beats, 1, 0)
+    for _ in range(beats):
+        words.take(words.taken[-1] + 1 if words.taken else 0)
+    predicted = words.taken[-1] - words.taken[0] + 1
+    assert stream(2, 128, beats=beats, model=memory)["cycles"] == pytest.approx(predicted, rel=0.015)
 
 
 def test_too_shallow_a_fifo_shows():

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from golden.attention import ScoreScale
-from golden.spec.engine import Op, StreamFormat
+from golden.spec.engine import Op
 from sw_stack.compile.buffers import Block, Buffers, attention_tokens
 from sw_stack.compile.builder import Builder, Span
 from sw_stack.compile.program import R
 from sw_stack.pack.memory_map import Matrix, MemoryMap, Region
+from sw_stack.pack.stream import stream_fields
 
 Exponents = tuple[tuple[int, int], ...]
 """(f, En) per RMSNorm weight: attention and FFN norm of each layer, then the final one."""
@@ -199,14 +200,3 @@ class Emitter:
             addr=g[0].start, stride=gate.words, addr_b=u[0].start, stride_b=up.words,
             count=len(rows), vectors=self.tokens, dst=y[0].start, dst_stride=gated.words, fresh=joins,
         )  # fmt: skip
-
-
-def stream_fields(stream: StreamFormat) -> dict[str, int]:
-    """Fields of a MATRIX instruction that say how its words are read."""
-    return {
-        "codes": int(stream.codes),
-        "scaled": int(stream.scaled),
-        "minimum": int(stream.minimum),
-        "offset": int(stream.offset),
-        "group_steps": stream.group_steps,
-    }

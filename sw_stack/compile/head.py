@@ -5,9 +5,10 @@ from __future__ import annotations
 from golden.spec.engine import WORD_BYTES, Op
 from sw_stack.compile.buffers import Block, logits_block
 from sw_stack.compile.builder import Builder, Instruction, Span
-from sw_stack.compile.emitter import EXPONENT_MASK, GROUPS_PER_WORD, Exponents, stream_fields
+from sw_stack.compile.emitter import EXPONENT_MASK, GROUPS_PER_WORD, Exponents
 from sw_stack.compile.program import R
 from sw_stack.pack.memory_map import MemoryMap
+from sw_stack.pack.stream import stream_fields
 
 HEAD_PIECES = 32
 """Pieces of the logits, at least: the last one's way to memory is not hidden by another's product."""

@@ -21,13 +21,12 @@ from golden.spec.engine import (
     EngineConfig,
     KVLayout,
     Op,
-    StreamFormat,
     value_stream,
     weight_stream,
 )
 from golden.spec.formats import ATTN_TILE
 from sw_stack.compile.builder import Builder, Instruction, Span
-from sw_stack.pack.stream import Fields, pack_matrix
+from sw_stack.pack.stream import Fields, pack_matrix, stream_fields
 
 INPUT, OUTPUT, AUX_BYTES = 1 << 16, 1 << 21, 1 << 22
 """Auxiliary memory of a cell: instructions, operands, results."""
@@ -197,11 +196,6 @@ def _weights(config: EngineConfig, name: str, group: int, rows: int, inner: int)
     return pack_matrix(config, stream, Fields(codes, scale.view(np.uint16), minimum, pattern))
 
 
-def _stream_fields(stream: StreamFormat) -> dict[str, int]:
-    names = ("codes", "scaled", "minimum", "offset", "group_steps")
-    return {name: int(getattr(stream, name)) for name in names}
-
-
 def _product(bench: _Bench, dst: int, accumulate: int = 0) -> None:
     name, _, group = bench.cell.format.split()
     rows, inner = bench.cell.shape
@@ -212,7 +206,7 @@ def _product(bench: _Bench, dst: int, accumulate: int = 0) -> None:
     bench.builder.emit(Op.LOAD, "weights", addr=0, count=bench.channels.shape[1], runs=1)
     bench.builder.emit(
         Op.MATRIX, "linear", [Span("act", 0, 1), Span("table", 0, 1), *([out] if accumulate else [])], [out],
-        **_stream_fields(stream), accumulate=accumulate, count=blocks, steps=inner // stream.codes.step, vectors=batch,
+        **stream_fields(stream), accumulate=accumulate, count=blocks, steps=inner // stream.codes.step, vectors=batch,
         addr=0, stride=bench.act_words(inner), table=0, dst=dst, dst_stride=bench.words(rows),
     )  # fmt: skip
     bench.write(dst, bench.words(rows), batch, rows)

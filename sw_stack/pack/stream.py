@@ -186,3 +186,14 @@ def operands(stream: StreamFormat, fields: Fields) -> np.ndarray:
     kept = (2 * codes - 3).reshape(*fields.pattern.shape, 2)
     np.put_along_axis(dense, _POSITIONS[fields.pattern], kept, -1)
     return dense.reshape(len(codes), -1)
+
+
+def stream_fields(stream: StreamFormat) -> dict[str, int]:
+    """Fields of a MATRIX instruction that say how its words are read."""
+    return {
+        "codes": int(stream.codes),
+        "scaled": int(stream.scaled),
+        "minimum": int(stream.minimum),
+        "offset": int(stream.offset),
+        "group_steps": stream.group_steps,
+    }

@@ -16,7 +16,7 @@ from golden.spec.engine import (
     weight_stream,
 )
 from golden.spec.formats import ACC_PRESHIFT, SPARSE24_PATTERNS, WeightFormat
-from sw_stack.pack.stream import Fields, pack_matrix, steps_of
+from sw_stack.pack.stream import Fields, pack_matrix, steps_of, stream_fields
 from sw_stack.rtl.core import CoreJob, CoreResult, group_sides, run_core
 
 
@@ -70,11 +70,7 @@ def matrix_operation(
 ) -> dict[str, int]:
     """MATRIX fields of a weight product: activations from A8 word 0, outputs from VB word 0, scales from entry 0."""
     return {
-        "codes": int(stream.codes),
-        "scaled": int(stream.scaled),
-        "minimum": int(stream.minimum),
-        "offset": int(stream.offset),
-        "group_steps": stream.group_steps,
+        **stream_fields(stream),
         "blocks": -(-rows // config.lanes),
         "steps": steps_of(stream, inner),
         "vectors": vectors,

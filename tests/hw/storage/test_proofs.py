@@ -1,12 +1,10 @@
 """Formal proofs of the page passes and of the requester; and that they notice broken designs."""
 
-import inspect
-import types
-
 import pytest
 
 from hw.flow.formal import ProofFailed, prove
 from hw.storage import passes
+from tests.hw.mutants import mutant
 from tests.hw.storage import proofs
 
 pytestmark = pytest.mark.slow
@@ -25,12 +23,8 @@ MUTATIONS = {
 
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_the_proof_notices(name, monkeypatch):
-    old, new = MUTATIONS[name]
-    source = inspect.getsource(passes)
-    assert old in source
-    mutant = types.ModuleType(passes.__name__)
-    exec(compile(source.replace(old, new), f"<{name}>", "exec"), mutant.__dict__)
-    monkeypatch.setattr(proofs, "TokenPass", mutant.TokenPass)
+    changed = mutant(passes, *MUTATIONS[name])
+    monkeypatch.setattr(proofs, "TokenPass", changed.TokenPass)
     proof = proofs.TokenPassProof()
     with pytest.raises(ProofFailed):
         prove(proof, "token_pass_mutant", depth=12, induction=False)
@@ -54,12 +48,8 @@ REQUESTER_MUTATIONS = {
 
 @pytest.mark.parametrize("name", REQUESTER_MUTATIONS)
 def test_the_requesters_proof_notices(name, monkeypatch):
-    old, new = REQUESTER_MUTATIONS[name]
-    source = inspect.getsource(passes)
-    assert old in source
-    mutant = types.ModuleType(passes.__name__)
-    exec(compile(source.replace(old, new), f"<{name}>", "exec"), mutant.__dict__)
-    monkeypatch.setattr(proofs, "Requester", mutant.Requester)
+    changed = mutant(passes, *REQUESTER_MUTATIONS[name])
+    monkeypatch.setattr(proofs, "Requester", changed.Requester)
     proof = proofs.RequesterProof()
     with pytest.raises(ProofFailed):
         prove(proof, "requester_mutant", depth=8, induction=False)

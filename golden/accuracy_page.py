@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from golden.accuracy import CALIBRATION, ENDS, SHORT_CONTEXTS, TAIL
+from golden.accuracy import CALIBRATION, ENDS, TAIL
+from golden.accuracy_rows import SHORT_CONTEXTS
 from golden.loaders.checkpoint import Checkpoint
 
 if TYPE_CHECKING:

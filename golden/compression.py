@@ -21,6 +21,7 @@ from golden.formats.weights import (
     check_matrix,
     fitting_group,
     group_scales,
+    legal_groups,
     magnitude_mask24,
     mask24,
     nearest_codes,
@@ -63,6 +64,11 @@ class Recipe:
         ):
             if getattr(self, field) not in legal:
                 raise KVStrataError(f"{field} must be one of {', '.join(legal)}, got {getattr(self, field)}.")
+        groups = () if self.format == "float" else legal_groups(WEIGHT_FORMATS[self.format])
+        if self.group and self.group not in groups:
+            raise KVStrataError(
+                f"the group size of {self.format} must be one of {groups or 'none'}, got {self.group}."
+            )
         sparse = self.format == "w2s24"
         if sparse and self.prune == "none":
             raise KVStrataError("w2s24 needs a pruning method (magnitude, wanda, sparsegpt), got none.")
@@ -76,6 +82,24 @@ class Recipe:
         parts += [self.prune] if self.prune != "none" else []
         parts += ["gptq"] if self.rounding == "gptq" else []
         return " ".join(parts)
+
+    @classmethod
+    def parse(cls, text: str) -> Recipe:
+        """The recipe of a name as tables write it: `w4`, `w4-g64 gptq`, `w2s24 sparsegpt gptq`, `float wanda`."""
+        words = text.split() or [""]
+        fmt, _, group = words[0].partition("-g")
+        options: dict[str, str] = {}
+        for word in words[1:]:
+            options["rounding" if word in ROUNDINGS else "prune"] = word
+        if (
+            (group and not group.isdecimal())
+            or ("-g" in words[0] and not group)
+            or len(options) < len(words) - 1
+        ):
+            raise KVStrataError(
+                f"weights must be a format with -gGROUP, pruning and rounding at most, got {text}."
+            )
+        return cls(fmt, int(group or 0), **options)
 
     @property
     def needs_calibration(self) -> bool:

@@ -19,7 +19,16 @@ from golden.lambda_window import LambdaWindow, attend_lambda
 from golden.loaders.checkpoint import Checkpoint
 from golden.ops import KVCodes
 from golden.spec import KVStrataError
-from golden.spec.formats import ATTN_TILE, KV_FORMATS, VEC_FRAC, W8, WEIGHT_FORMATS, KVFormat, WeightFormat
+from golden.spec.formats import (
+    ATTN_TILE,
+    KV_CLIP_BITS,
+    VEC_FRAC,
+    W8,
+    KVFormat,
+    WeightFormat,
+    kv_format,
+    weight_format,
+)
 
 
 def engine_weight(checkpoint: Checkpoint, name: str, fmt: WeightFormat) -> QuantisedWeight:
@@ -38,6 +47,22 @@ def engine_weights(checkpoint: Checkpoint, fmt: WeightFormat) -> dict[str, Quant
     names = [f"layers.{i}.{name}" for i in range(c.layers) for name in c.linear_shapes()]
     found = {name: engine_weight(checkpoint, name, fmt) for name in names}
     return found | {name: engine_weight(checkpoint, name, W8) for name in {"embed", checkpoint.head_name}}
+
+
+def ready_made(checkpoint: Checkpoint, weights: dict[str, QuantisedWeight]) -> dict[str, QuantisedWeight]:
+    """The weights, if every matrix of the checkpoint is there in its shape; else KVStrataError names the first."""
+    c, ends = checkpoint.config, {checkpoint.head_name, "embed"}
+    shapes = dict.fromkeys(sorted(ends, reverse=True), (c.vocab, c.hidden))
+    for i in range(c.layers):
+        shapes |= {f"layers.{i}.{name}": shape for name, shape in c.linear_shapes().items()}
+    for name, shape in shapes.items():
+        if name not in weights:
+            raise KVStrataError(
+                f"ready-made weights are those of the engine form with its {name}, missing here."
+            )
+        if weights[name].shape != shape:
+            raise KVStrataError(f"ready-made {name} must have shape {shape}, got {weights[name].shape}.")
+    return weights
 
 
 def engine_biases(checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -130,13 +155,12 @@ class ExactDecoder(Decoder):
         checkpoint = engine_form(checkpoint)
         super().__init__(checkpoint.config)
         self.window = window
-        self.k_offset = k_offset
-        chosen = engine_weights(checkpoint, WEIGHT_FORMATS[weights]) if isinstance(weights, str) else weights
-        if checkpoint.head_name not in chosen:
-            raise KVStrataError(
-                f"ready-made weights are those of the engine form with its {checkpoint.head_name}, missing here."
-            )
-        self.kv_format: KVFormat = KV_FORMATS[kv]
+        self._k_offset = self._checked_offset(k_offset)
+        if isinstance(weights, str):
+            chosen = engine_weights(checkpoint, weight_format(weights))
+        else:
+            chosen = ready_made(checkpoint, weights)
+        self.kv_format: KVFormat = kv_format(kv)
         self.matrices = {name: Prepared(w.integers(), w) for name, w in chosen.items()}
         self._head_name = checkpoint.head_name
         c = self.config
@@ -145,6 +169,30 @@ class ExactDecoder(Decoder):
         self.norms["norm"] = self._norm(checkpoint, "norm")
         self.biases = engine_biases(checkpoint)
         self.positions = None if c.rotates else ops.to_q16(checkpoint.float32("positions"))
+
+    @property
+    def k_offset(self) -> Tensor | None:
+        """The K offset; setting it raises KVStrataError for another shape or a value that no key can have."""
+        return self._k_offset
+
+    @k_offset.setter
+    def k_offset(self, offset: Tensor | None) -> None:
+        self._k_offset = self._checked_offset(offset)
+
+    def _checked_offset(self, offset: Tensor | None) -> Tensor | None:
+        c, limit = self.config, 1 << (KV_CLIP_BITS - 1)
+        shape = (c.layers, c.kv_heads, c.head_size)
+        if offset is not None and tuple(offset.shape) != shape:
+            raise KVStrataError(f"a K offset must have shape {shape}, got {tuple(offset.shape)}.")
+        if offset is not None and (offset < -limit).logical_or(offset >= limit).any():
+            raise KVStrataError(
+                f"a K offset must lie within +-512, got {offset.abs().max() / (1 << VEC_FRAC)}."
+            )
+        return offset
+
+    def centred(self, layer: int, k: Tensor) -> Tensor:
+        """Rotated keys [Hkv, T, dh] less their offset (section 7)."""
+        return k if self._k_offset is None else ops.residual(k, -self._k_offset[layer][:, None])
 
     @staticmethod
     def _norm(checkpoint: Checkpoint, name: str) -> ops.NormWeight:
@@ -188,7 +236,8 @@ class ExactDecoder(Decoder):
         heads = {"q": q, "k": k, "v": v}
         heads = {n: x.view(steps, -1, c.head_size).transpose(0, 1) for n, x in heads.items()}
         turned = {n: self.rotate(layer, n, heads[n], positions) for n in ("q", "k")}
-        key = turned["k"] if self.k_offset is None else self._centred(layer, turned["k"])
+        self._check_sinks()
+        key = self.centred(layer, turned["k"])
         new_k = ops.quantise_kv(key, self.kv_format.bits)
         new_v = ops.quantise_kv(heads["v"], self.kv_format.bits)
         self._observe(layer, "kv", x_k=key, x_v=heads["v"], k=new_k, v=new_v)
@@ -209,13 +258,11 @@ class ExactDecoder(Decoder):
         self._observe(layer, f"rope.{name}", x=x, cos=cos, sin=sin, y=y)
         return y
 
-    def _centred(self, layer: int, k: Tensor) -> Tensor:
-        assert self.k_offset is not None
-        if self.window is not None and self.window.sinks:
+    def _check_sinks(self) -> None:
+        if self.k_offset is not None and self.window is not None and self.window.sinks:
             raise KVStrataError(
                 f"a K offset shifts all scores of one query alike, so sinks must be 0, got {self.window.sinks}."
             )
-        return ops.residual(k, -self.k_offset[layer][:, None])
 
     def _dense_attention(self, layer: int, q: Tensor, positions: Tensor, cache: ExactCache) -> Tensor:
         parts = []

@@ -11,7 +11,7 @@ from golden.decoder import Decoder
 from golden.formats.kv import codec
 from golden.formats.weights import QuantisedWeight
 from golden.loaders.checkpoint import Checkpoint
-from golden.ops import rope_angles
+from golden.ops import from_q16, rope_angles
 from golden.policies import Dense, Heads, KVPolicy
 from golden.spec import KVStrataError
 
@@ -56,7 +56,8 @@ class FloatDecoder(Decoder):
 
     Without options: the reference. With them, the algorithm level: `weights` replaces matrices by name (codes or
     pruned floats), `activations="a8"` rounds every matrix product's input to int8 per token, `kv` names a
-    representation of golden.formats.kv, `policy` a KV policy (default: dense).
+    representation of golden.formats.kv, `policy` a KV policy (default: dense), `k_offset` (int64 q16 [layers, Hkv, dh])
+    is taken from rotated keys before they are stored and given back when they are read.
     """
 
     def __init__(
@@ -67,12 +68,14 @@ class FloatDecoder(Decoder):
         activations: str = "float",
         kv: str = "float",
         policy: KVPolicy | None = None,
+        k_offset: Tensor | None = None,
     ) -> None:
         super().__init__(checkpoint.config)
         if activations not in ("float", "a8"):
             raise KVStrataError(f"activations must be float or a8, got {activations}.")
         self.activations = activations
         self.codec = codec(kv)
+        self.k_offset = k_offset
         self.policy = policy or Dense(self.config.head_size, self.config.group)
         replaced = weights or {}
         parts = (*self.config.linear_shapes(), "attn_norm", "ffn_norm")
@@ -132,11 +135,14 @@ class FloatDecoder(Decoder):
         q_raw, k_raw, v = (x.view(steps, -1, c.head_size).transpose(0, 1) for x in (q, k, v))
         q_raw = q_raw.unflatten(0, (c.kv_heads, c.group))
         q, k = (self._rotate(x, positions) for x in (q_raw, k_raw))
-        stored = cache.append(layer, *(self.codec.new(x) for x in (k, k_raw, v)))
+        offset = None if self.k_offset is None else from_q16(self.k_offset[layer])[:, None].to(k.dtype)
+        key = k if offset is None else k - offset
+        stored = cache.append(layer, *(self.codec.new(x) for x in (key, k_raw, v)))
         parts = []
         for first, end in self.codec.blocks(start, start + steps):
             block = slice(first - start, end - start)
             view_k, view_v = self.codec.view(stored[0], stored[2], end)
+            view_k = view_k if offset is None else view_k + offset
             heads = Heads(q[:, :, block], q_raw[:, :, block], view_k, stored[1][:, :end], view_v,
                           positions[block], self._rotate)  # fmt: skip
             selected = self.policy.select(heads)

@@ -18,7 +18,7 @@ from golden.lambda_window import LambdaWindow
 from golden.loaders import Checkpoint, load
 from golden.ops import argmax_lowest
 from golden.spec import KVStrataError
-from golden.spec.formats import KV_FORMATS, WEIGHT_FORMATS
+from golden.spec.formats import kv_format, weight_format
 
 LEVELS = ("float", "exact")
 
@@ -34,10 +34,7 @@ def build(
     over a Lambda window)."""
     if level not in LEVELS:
         raise KVStrataError(f"a level must be one of {', '.join(LEVELS)}, got {level}.")
-    if weights not in WEIGHT_FORMATS:
-        raise KVStrataError(f"a weight format must be one of {', '.join(WEIGHT_FORMATS)}, got {weights}.")
-    if kv not in KV_FORMATS:
-        raise KVStrataError(f"a KV format must be one of {', '.join(KV_FORMATS)}, got {kv}.")
+    weight_format(weights), kv_format(kv)
     if level == "float" and window:
         raise KVStrataError("policy lambda is of level exact or of a device, got level float.")
     return FloatDecoder(checkpoint) if level == "float" else ExactDecoder(checkpoint, weights, kv, window)

@@ -226,8 +226,9 @@ class PolicyDecoder(ExactDecoder):
         weights: str | dict[str, QuantisedWeight] = "w4",
         kv: str = "kv4",
         policy: KVPolicy | None = None,
+        k_offset: Tensor | None = None,
     ) -> None:
-        super().__init__(checkpoint, weights)
+        super().__init__(checkpoint, weights, k_offset=k_offset)
         self.policy = policy or Dense(self.config.head_size, self.config.group)
         self.codec = codec(kv)
 
@@ -254,7 +255,7 @@ class PolicyDecoder(ExactDecoder):
         raw = {n: x.view(steps, -1, c.head_size).transpose(0, 1) for n, x in (("q", q), ("k", k), ("v", v))}
         turned = {n: self.rotate(layer, n, raw[n], positions) for n in ("q", "k")}
         store = cache.stores[layer]
-        store.append(start, turned["k"], raw["v"])
+        store.append(start, self.centred(layer, turned["k"]), raw["v"])
         self._store_sinks(cache.sinks[layer], start, raw["k"], turned["k"])
         parts = []
         for first, end in _blocks(self.codec, start, start + steps):
@@ -275,7 +276,7 @@ class PolicyDecoder(ExactDecoder):
             return
         new = max(0, min(self.policy.costs.sinks - start, raw.shape[1]))
         if new:
-            keys = raw if self.policy.positions == "limit" else turned
+            keys = raw if self.policy.sink_keys == "raw" else turned
             bits = RECENT_BITS if isinstance(self.codec, KiviCodec) else self.codec.bits
             sinks.write(start, ops.quantise_kv(keys[:, :new], bits))
 
@@ -283,10 +284,7 @@ class PolicyDecoder(ExactDecoder):
         """Queries [Hkv, G, T, dh] rotated to where the policy scores its sinks from."""
         if not isinstance(self.policy, Lambda) or not self.policy.costs.sinks:
             return None
-        costs = self.policy.costs
-        limit = self.policy.limit or costs.window
-        distance = limit if self.policy.positions == "limit" else costs.sinks + costs.window - 1
-        turned = self.rotate(layer, "q", q, torch.tensor([distance]))
+        turned = self.rotate(layer, "q", q, torch.tensor([self.policy.sink_distance]))
         return turned.unflatten(0, (self.config.kv_heads, self.config.group))
 
     # --- one block ------------------------------------------------------------------------------------
@@ -307,8 +305,8 @@ class PolicyDecoder(ExactDecoder):
         if q_limit is not None and isinstance(self.policy, Lambda):
             n = min(self.policy.costs.sinks, end)
             far = attention.scores(ops.quantise_a8(q_limit), sinks.view(n), scale)
-            inside = torch.arange(n) > positions[:, None] - self.policy.costs.window
-            z[..., :n] = torch.where(inside, z[..., :n], far)
+            far = sat(far - self._lost(layer, q, scale), VEC_BITS)
+            z[..., :n] = torch.where(self.policy.in_window(positions, n), z[..., :n], far)
         values, extra = store.values(end), -end % ATTN_TILE
         z, live = (torch.nn.functional.pad(x, (0, extra)) for x in (z, chosen.live))
         y = attention.finish(attention.attend_partial(z, live, attention.pad_slots(values, end + extra)))
@@ -321,12 +319,16 @@ class PolicyDecoder(ExactDecoder):
     def _choose(self, q: Tensor, store: Store, positions: Tensor, end: int, scale: ScoreScale) -> Chosen:
         if isinstance(self.policy, Sparq):
             return select(self.policy, q, store, positions, end, scale)
-        tokens = torch.arange(end)
-        live = tokens <= positions[:, None]
         if isinstance(self.policy, Lambda):
-            costs = self.policy.costs
-            live &= (tokens > positions[:, None] - costs.window) | (tokens < costs.sinks)
-        return Chosen(live[None, None])
+            return Chosen(self.policy.live(positions, end)[None, None])
+        return Chosen((torch.arange(end) <= positions[:, None])[None, None])
+
+    def _lost(self, layer: int, q: Tensor, scale: ScoreScale) -> Tensor | int:
+        """What the K offset takes from every score of q [Hkv, G, T, dh], so that sinks lose it too: [Hkv, G, T, 1]."""
+        if self.k_offset is None:
+            return 0
+        products = sat(q, KV_CLIP_BITS) * self.k_offset[layer][:, None, None]
+        return scale.log2(rnd_shift(products, VEC_FRAC).sum(-1, keepdim=True))
 
     def _record(self, layer: int, chosen: Chosen, positions: Tensor) -> None:
         if self.probe is None or chosen.channels is None:

@@ -35,18 +35,41 @@ class Lambda(KVPolicy):
             raise KVStrataError(
                 f"positions of a Lambda policy must be one of {', '.join(POSITIONS)}, got {positions}."
             )
+        if limit < 0:
+            raise KVStrataError(
+                f"the limit distance must be at least 1 token, or 0 for the window, got {limit}."
+            )
         self.costs = LambdaCosts(head_size, group, sinks=sinks, window=window)
         self.positions = positions
         self.limit = limit
 
-    def _window(self, heads: Heads) -> Tensor:
-        tokens = torch.arange(heads.k.shape[1])
-        return heads.causal & (tokens[None, :] > heads.positions[:, None] - self.costs.window)
+    @property
+    def sink_keys(self) -> str:
+        """Which keys of sinks outside the window are scored: `raw` (before RoPE) or `turned`."""
+        return "raw" if self.positions == "limit" else "turned"
+
+    @property
+    def sink_distance(self) -> int:
+        """Position that the query is rotated to for sinks outside the window."""
+        return (
+            (self.limit or self.costs.window)
+            if self.positions == "limit"
+            else (self.costs.sinks + self.costs.window - 1)
+        )
+
+    def in_window(self, positions: Tensor, tokens: int) -> Tensor:
+        """bool [T, tokens]: the first `tokens` tokens in the window of queries at `positions`, later ones included."""
+        return torch.arange(tokens) > positions[:, None] - self.costs.window
+
+    def live(self, positions: Tensor, tokens: int) -> Tensor:
+        """bool [T, tokens]: the first `tokens` tokens that queries at `positions` attend to."""
+        every = torch.arange(tokens)
+        seen = self.in_window(positions, tokens) | (every < self.costs.sinks)
+        return seen & (every <= positions[:, None])
 
     def select(self, heads: Heads) -> Selected:
         """Window, and sinks that have left it."""
-        sink = torch.arange(heads.k.shape[1]) < self.costs.sinks
-        live = self._window(heads) | (sink & heads.causal)
+        live = self.live(heads.positions, heads.k.shape[1])
         return Selected(live.expand(heads.k.shape[0], *live.shape))
 
     def attend(self, heads: Heads, selected: Selected) -> Tensor:
@@ -54,18 +77,14 @@ class Lambda(KVPolicy):
         z = heads.q @ heads.k.transpose(-1, -2)[:, None] * heads.scale
         n = min(self.costs.sinks, heads.k.shape[1])
         if n:
-            z[..., :n] = torch.where(self._window(heads)[:, :n], z[..., :n], self._sink_scores(heads, n))
+            inside = self.in_window(heads.positions, n)
+            z[..., :n] = torch.where(inside, z[..., :n], self._sink_scores(heads, n))
         return softmax_mix(z, selected.tokens[:, None], heads.v)
 
     def _sink_scores(self, heads: Heads, n: int) -> Tensor:
-        if self.positions == "limit":
-            distance = torch.full_like(heads.positions, self.limit or self.costs.window)
-            keys = heads.k_raw[:, :n]
-        else:
-            distance = torch.full_like(heads.positions, self.costs.sinks + self.costs.window - 1)
-            keys = heads.k[:, :n]
-        q = heads.rotate(heads.q_raw, distance)
-        return q @ keys.transpose(-1, -2)[:, None] * heads.scale
+        keys = heads.k_raw if self.sink_keys == "raw" else heads.k
+        q = heads.rotate(heads.q_raw, torch.full_like(heads.positions, self.sink_distance))
+        return q @ keys[:, :n].transpose(-1, -2)[:, None] * heads.scale
 
     def kept(self, length: int) -> Tensor:
         """Sinks and window."""

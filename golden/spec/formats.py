@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from golden.spec import KVStrataError
+
 # --- vector register format -------------------------------------------------------------------------
 VEC_BITS = 32
 """Every vector element on chip between matrix products: signed, saturating."""
@@ -136,3 +138,17 @@ class KVFormat:
 KV4 = KVFormat("kv4", 4)
 KV8 = KVFormat("kv8", 8)
 KV_FORMATS: dict[str, KVFormat] = {f.name: f for f in (KV4, KV8)}
+
+
+def weight_format(name: str) -> WeightFormat:
+    """A weight format by name; KVStrataError for an unknown one."""
+    if name not in WEIGHT_FORMATS:
+        raise KVStrataError(f"a weight format must be one of {', '.join(WEIGHT_FORMATS)}, got {name}.")
+    return WEIGHT_FORMATS[name]
+
+
+def kv_format(name: str) -> KVFormat:
+    """A format of the engine's KV cache by name; KVStrataError for an unknown one."""
+    if name not in KV_FORMATS:
+        raise KVStrataError(f"a KV format must be one of {', '.join(KV_FORMATS)}, got {name}.")
+    return KV_FORMATS[name]

@@ -187,10 +187,10 @@ class LambdaCosts(DenseCosts):
 
 
 def attended(context: int, ratio: float | Fraction, local: int, fixed: int = 0) -> int:
-    """k: `fixed` tokens, or ceil(context * ratio) and no less than `local`; never more than there are. A ratio counts
-    as the nearest fraction of a denominator up to 65,536, so that 0.1 of 70 tokens are 7."""
+    """k: `fixed` tokens, or ceil(context * ratio) and no less than `local` or one; never more than there are. A ratio
+    counts as the nearest fraction of a denominator up to 65,536, so that 0.1 of 70 tokens are 7."""
     exact = Fraction(ratio).limit_denominator(1 << 16)
-    return min(context, fixed or max(local, ceil(context * exact)))
+    return min(context, fixed or max(1, local, ceil(context * exact)))
 
 
 def always_recent(k: int, local: int) -> int:
@@ -296,6 +296,12 @@ class SparfCosts(SparqCosts):
     def name(self) -> str:
         """Name."""
         return f"sparf-r{self.r}-k{self.tokens or f'{self.ratio:g}S'}-w{self.local or 'k/4'}-m{self.m}"
+
+    def entries(self, representation: Representation) -> SparqCosts:
+        """The same selection over another device's cache, which holds codes and reads entries instead of pages."""
+        return SparqCosts(
+            self.head_size, self.group, representation, self.r, self.tokens, self.ratio, self.local
+        )
 
     @property
     def page_tokens(self) -> int:

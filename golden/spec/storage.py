@@ -265,8 +265,15 @@ COUNTERS = ("cycles", "pages", "beats", "kernel_busy", "kernel_wait", "requests"
 # --- arithmetic -------------------------------------------------------------------------------------
 SCALE_BITS = 17
 SCALE_FRAC = 19
-SOFTMAX_SCALE = {dh: round(2**SCALE_FRAC / sqrt(dh) * log2(2.718281828459045)) for dh in HEAD_SIZES}
-"""round(log2(e) / sqrt(dh) * 2**19): 17 bits, so that a 24-bit significand times it fits one DSP48E1."""
+
+
+def softmax_scale(head_size: int) -> int:
+    """round(log2(e) / sqrt(dh) * 2**19), of any head size."""
+    return round(2**SCALE_FRAC / sqrt(head_size) * log2(2.718281828459045))
+
+
+SOFTMAX_SCALE = {dh: softmax_scale(dh) for dh in HEAD_SIZES}
+"""Of the unit's head sizes: 17 bits, so that a 24-bit significand times it fits one DSP48E1."""
 RATIO_FRAC = 24
 """Fraction bits of ||q||1 / ||q[i]||1 before its square root is taken."""
 P_FRAC = 24

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import isqrt
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,8 +27,9 @@ from golden.spec.storage import (
     SCALE_BITS,
     SCALE_FRAC,
     SCORE_FRAC,
-    SOFTMAX_SCALE,
+    TOKEN_BITS,
     check_head_size,
+    softmax_scale,
 )
 from golden.storage.fp import (
     F16,
@@ -133,18 +135,37 @@ def _pad(x: NDArray) -> NDArray:
     return padded.reshape(groups, GROUP_TOKENS, *x.shape[1:])
 
 
-def exact(q: F16, k: F16, v: F16, selected: NDArray[np.bool_]) -> tuple[F32, Softmax]:
+class Far(NamedTuple):
+    """The first n tokens where they are scored by another query and key: q float16 [G, dh], k float16 [n, dh], where
+    bool [G, n], and what each query's scores there lose, binary32 [G]."""
+
+    q: F16
+    k: F16
+    where: NDArray[np.bool_]
+    lost: F32
+
+    def scores(self, s: F32, start: int) -> F32:
+        """s [G, 16] of the group of tokens at `start` with the far ones in place."""
+        part = slice(start, start + GROUP_TOKENS)
+        far = add(tree(mul(self.q[:, None], self.k[None, part])), -self.lost[:, None])
+        n = far.shape[1]
+        return np.concatenate((np.where(self.where[:, part], far, s[:, :n]), s[:, n:]), 1)
+
+
+def exact(q: F16, k: F16, v: F16, selected: NDArray[np.bool_], far: Far | None = None) -> tuple[F32, Softmax]:
     """y [G, dh] of exact attention over the selected tokens (bool [S], or [G, S] by query), and the final state."""
     queries, dh = q.shape
-    c = np.full(queries, SOFTMAX_SCALE[dh], np.int64)
+    c = np.full(queries, softmax_scale(dh), np.int64)
     frac = np.full(queries, SCALE_FRAC, np.int64)
     state = Softmax(queries)
     o = np.zeros((queries, dh), np.float32)
     marks = _pad(selected.T).swapaxes(1, -1)  # [groups, 16] or [groups, G, 16]
-    for kg, vg, present in zip(_pad(k), _pad(v), marks):
+    for group, (kg, vg, present) in enumerate(zip(_pad(k), _pad(v), marks)):
         if not present.any():
             continue
         s = tree(mul(q[:, None, :], kg[None]))
+        if far is not None and group * GROUP_TOKENS < len(far.k):
+            s = far.scores(s, group * GROUP_TOKENS)
         _, p, d = state.step(s, c, frac, present)
         products = np.where(present[..., None, :], mul(p[:, None, :], vg.T[None]), np.float32(0))
         o = add(scale2(o, d[:, None]), tree(products))
@@ -166,9 +187,13 @@ def dense(q: F16, k: F16, v: F16) -> F16:
 
 
 def mean_value(v: F16) -> F16:
-    """v-bar float16 [dh]: the exact sum of V (multiples of 2^-24) over the count, rounded to binary16."""
-    total = (v.astype(np.float64) * (1 << 24)).astype(np.int64).sum(0)
-    return (total / (len(v) * float(1 << 24))).astype(np.float16)
+    """v-bar float16 [dh]: the exact sum of V (multiples of 2^-24) over the count, rounded to binary16; what IEEE sums
+    give where an element is not finite."""
+    odd = ~np.isfinite(v)
+    total = (np.where(odd, 0, v).astype(np.float64) * (1 << 24)).astype(np.int64).sum(0)
+    with np.errstate(invalid="ignore"):
+        special = np.where(odd, v, 0).astype(np.float32).sum(0)
+    return to_fp16((total / (len(v) * float(1 << 24))).astype(np.float16) + special)
 
 
 def channel_keys(q: F16) -> I64:
@@ -191,7 +216,7 @@ def approximate_scale(q: F16, channels: I64) -> tuple[I64, I64]:
     for row in magnitudes:
         a, b = int(row[channels].sum()), int(row.sum())
         u = min((1 << 32) - 1, (b << RATIO_FRAC) // a) if a else (1 << 32) - 1
-        scaled = SOFTMAX_SCALE[q.shape[1]] * isqrt(u << 8) >> 16
+        scaled = softmax_scale(q.shape[1]) * isqrt(u << 8) >> 16
         e = max(0, scaled.bit_length() - SCALE_BITS)
         c.append(scaled >> e)
         frac.append(SCALE_FRAC - e)
@@ -216,6 +241,14 @@ def _approximate(q: F16, k: F16, channels: I64) -> tuple[I64, I64, I64, Softmax]
     return np.concatenate(zs)[tokens], np.concatenate(ps)[tokens], np.concatenate(ms)[tokens], state
 
 
+def share_keys(weights: I64, rl: I64, n: I64, z: I64) -> I64:
+    """Keys [S] that rank tokens by the sum of the group's probabilities (Q31), where equal by the sum of its scores."""
+    share = (((weights >> (n - 24)) * rl) >> 9).sum(1)
+    place = np.empty(len(z), np.int64)
+    place[np.argsort(-z.sum(1), kind="stable")] = np.arange(len(z))
+    return (share << TOKEN_BITS) - place
+
+
 def check_selection(tokens: int, head_size: int, r: int, k: int, window: int) -> None:
     """Raises KVStrataError for r, k or window outside what the unit accepts."""
     if not 1 <= r <= head_size:
@@ -229,15 +262,22 @@ def check_selection(tokens: int, head_size: int, r: int, k: int, window: int) ->
 def sparf(q: F16, k: F16, v: F16, vbar: F16, *, r: int, top: int, window: int) -> SparfTrace:
     """SparF attention: r channels, `top` tokens of which the `window` most recent always; vbar float16 [dh]."""
     check_shapes(q, k, v)
+    return sparse(q, k, v, vbar, r=r, top=top, window=window)
+
+
+def sparse(
+    q: F16, k: F16, v: F16, vbar: F16, *, r: int, top: int, window: int, shares: bool = False
+) -> SparfTrace:
+    """SparF of any head size and group. `shares` ranks tokens as SparQ does: by their probabilities."""
     tokens = len(k)
     check_selection(tokens, q.shape[1], r, top, window)
     channels = largest(channel_keys(q), r)
     z, p, m, state = _approximate(q, k, channels)
-    keys = z.sum(1)
-    chosen = argtopk(torch.from_numpy(keys), top, window=window).numpy()
-    weights = (p[chosen] << L_EXTRA_FRAC) >> np.minimum(state.maximum - m[chosen], 63)
+    weights = (p << L_EXTRA_FRAC) >> np.minimum(state.maximum - m, 63)
     rl, n = reciprocal(state.sum)
-    alpha = ((weights.sum(0) >> (n - 24)) * rl + (1 << 23)) >> 24
+    keys = share_keys(weights, rl, n, z) if shares else z.sum(1)
+    chosen = argtopk(torch.from_numpy(keys), top, window=window).numpy()
+    alpha = ((weights[chosen].sum(0) >> (n - 24)) * rl + (1 << 23)) >> 24
     alpha = np.full(len(q), 1 << ALPHA_FRAC) if top == tokens else np.minimum(alpha, 1 << ALPHA_FRAC)
     selected = np.zeros(tokens, bool)
     selected[chosen] = True

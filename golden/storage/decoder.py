@@ -7,6 +7,7 @@ over its quantised cache, the tokens between in the drive, partials merged by lo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
@@ -23,7 +24,8 @@ from golden.ops import KVCodes
 from golden.spec import KVStrataError
 from golden.spec.formats import KV_FORMATS, L_EXTRA_FRAC, P_FRAC
 from golden.spec.policies import Selection, always_recent, attended
-from golden.storage.attention import Softmax, exact, mean_value, sparf
+from golden.spec.storage import MAX_GROUP_QUERIES, check_head_size
+from golden.storage.attention import Far, Softmax, SparfTrace, exact, mean_value, sparf
 from golden.storage.fp import F16, to_fp16
 
 SUM_FRAC = 40
@@ -131,7 +133,7 @@ def engine_partial(q: Tensor, keys: Tensor, values: Tensor, bits: int) -> attent
     return attention.Partial(p.m[..., 0], p.l[..., 0], p.o[..., 0, :])
 
 
-class _StoredCache:
+class StoredCache:
     """k and v of a sequence as they were computed, Q16 [S, Hkv, dh] per layer."""
 
     def __init__(self, layers: int, kv_heads: int, head_size: int) -> None:
@@ -151,44 +153,69 @@ class StorageDecoder(ExactDecoder):
     ) -> None:
         super().__init__(checkpoint, weights)
         self.sparsity = sparsity
+        self.check_unit()
 
-    def new_cache(self) -> _StoredCache:  # type: ignore[override]
+    def check_unit(self) -> None:
+        """Raises KVStrataError for a model that the unit's RTL does not hold."""
+        check_head_size(self.config.head_size)
+        if self.config.group > MAX_GROUP_QUERIES:
+            raise KVStrataError(f"a KV head serves 1 to {MAX_GROUP_QUERIES} queries, not {self.config.group}")
+
+    def new_cache(self) -> StoredCache:  # type: ignore[override]
         """An empty cache."""
         c = self.config
-        return _StoredCache(c.layers, c.kv_heads, c.head_size)
+        return StoredCache(c.layers, c.kv_heads, c.head_size)
 
-    def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, cache: _StoredCache) -> Tensor:  # type: ignore[override]
+    def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, cache: StoredCache) -> Tensor:  # type: ignore[override]
         """Rotate, store, attend: every token over all tokens up to itself."""
-        steps = len(q)
-        positions = torch.arange(cache.length, cache.length + steps)
-        heads = [x.view(steps, -1, self.config.head_size) for x in (q, k, v)]
-        turned = [
-            self.rotate(layer, name, x.transpose(0, 1), positions).transpose(0, 1)
-            for name, x in zip(("q", "k"), heads)
-        ]
-        cache.k[layer] = torch.cat([cache.k[layer], turned[1]])
-        cache.v[layer] = torch.cat([cache.v[layer], heads[2]])
-        return self.attend(layer, turned[0], cache.k[layer], cache.v[layer])
+        turned = self.store(layer, self.by_head(q, k, v), cache)
+        return self.attend(layer, turned["q"], cache.k[layer], cache.v[layer])
+
+    def by_head(self, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
+        """Q16 [T, H, dh] of each."""
+        return {n: x.view(len(x), -1, self.config.head_size) for n, x in (("q", q), ("k", k), ("v", v))}
+
+    def store(self, layer: int, heads: dict[str, Tensor], cache: StoredCache) -> dict[str, Tensor]:
+        """Append k, less its offset, and v; q and k as rotated."""
+        positions = torch.arange(cache.length, cache.length + len(heads["q"]))
+        turned = {
+            name: self.rotate(layer, name, heads[name].transpose(0, 1), positions).transpose(0, 1)
+            for name in ("q", "k")
+        }
+        key = self.centred(layer, turned["k"].transpose(0, 1)).transpose(0, 1)
+        cache.k[layer] = torch.cat([cache.k[layer], key])
+        cache.v[layer] = torch.cat([cache.v[layer], heads["v"]])
+        return turned
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Q16 [T, Hq * dh] of the last T tokens' q [T, Hq, dh] over k and v [S, Hkv, dh]."""
         if self.sparsity is None:
-            return torch.cat([self._dense(q, k, v, head) for head in range(self.config.kv_heads)], 1)
-        return self._token_by_token(layer, q, k, v)
+            return self.attend_masked(
+                q, k, v, torch.arange(len(k)) <= torch.arange(len(k) - len(q), len(k))[:, None]
+            )
+        return self.token_by_token(layer, q, k, v)
 
-    def _token_by_token(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def token_by_token(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         start = len(k) - len(q)
         return torch.stack(
             [self.token(layer, q[t], k[: start + t + 1], v[: start + t + 1]) for t in range(len(q))]
         )
 
-    def _dense(self, q: Tensor, k: Tensor, v: Tensor, head: int) -> Tensor:
-        """Q16 [T, G * dh] of one KV head; groups of tokens beyond a query change none of its bits."""
-        group, steps = self.config.group, len(q)
-        queries = half(q[:, head * group : (head + 1) * group].reshape(steps * group, -1))
-        causal = np.arange(len(k)) <= np.arange(len(k) - steps, len(k)).repeat(group)[:, None]
-        y, _ = exact(queries, half(k[:, head]), half(v[:, head]), causal)
-        return ops.to_q16(to_fp16(y).astype(np.float64)).view(steps, -1)
+    def attend_masked(
+        self, q: Tensor, k: Tensor, v: Tensor, live: Tensor, far: Sequence[Far] | None = None
+    ) -> Tensor:
+        """Q16 [T, Hq * dh] of q [T, Hq, dh] over the tokens that are live, bool [T, S]; `far` of each KV head.
+
+        Groups of tokens beyond a query change none of its bits, so all queries go together.
+        """
+        group, steps, selected = self.config.group, len(q), live.numpy().repeat(self.config.group, 0)
+        outputs = []
+        for head in range(self.config.kv_heads):
+            queries = half(q[:, head * group : (head + 1) * group].reshape(steps * group, -1))
+            there = far[head] if far else None
+            y, _ = exact(queries, half(k[:, head]), half(v[:, head]), selected, there)
+            outputs.append(ops.to_q16(to_fp16(y).astype(np.float64)).view(steps, -1))
+        return torch.cat(outputs, 1)
 
     def token(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Q16 [Hq * dh] of q [Hq, dh] over k and v [S, Hkv, dh]."""
@@ -204,11 +231,13 @@ class StorageDecoder(ExactDecoder):
             return to_fp16(y), state
         s = self.sparsity.at(len(keys))
         trace = sparf(queries, keys, values, mean_value(values), r=s.r, top=s.k, window=s.window)
-        chosen = Selection(
-            len(keys) - 1, layer, head, tuple(trace.channels.tolist()), tuple(trace.tokens.tolist())
-        )
-        self._observe(layer, "selection", selection=chosen)
+        self.record(layer, head, len(keys), trace)
         return trace.output, trace.state
+
+    def record(self, layer: int, head: int, tokens: int, trace: SparfTrace) -> None:
+        """The selection record of a step at a context of `tokens` tokens, for a probe."""
+        chosen = (tuple(x.tolist()) for x in (trace.channels, trace.tokens))
+        self._observe(layer, "selection", selection=Selection(tokens - 1, layer, head, *chosen))
 
 
 class HybridDecoder(StorageDecoder):
@@ -227,7 +256,7 @@ class HybridDecoder(StorageDecoder):
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Token by token: each has its own window."""
-        return self._token_by_token(layer, q, k, v)
+        return self.token_by_token(layer, q, k, v)
 
     def token(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Engine over sinks and window, in-storage attention over the tokens between, merged."""

@@ -41,7 +41,9 @@ def add(a: F32, b: F32) -> F32:
 
 
 def tree(x: F32) -> F32:
-    """Sum along the last axis (a power of two long) by adding neighbours."""
+    """Sum along the last axis by adding neighbours, with +0 behind up to a power of two."""
+    if extra := (1 << (x.shape[-1] - 1).bit_length()) - x.shape[-1]:
+        x = np.concatenate((x, np.zeros((*x.shape[:-1], extra), np.float32)), -1)
     while x.shape[-1] > 1:
         x = add(x[..., 0::2], x[..., 1::2])
     return x[..., 0]

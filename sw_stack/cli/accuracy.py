@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from golden.accuracy import Row
+    from golden.accuracy_rows import Row
 
 
 def command(
@@ -18,13 +18,35 @@ def command(
     model: Annotated[
         Path | None, typer.Option(help="GGUF file or checkpoint folder; SmolLM2 if none")
     ] = None,
+    weights: Annotated[
+        list[str] | None,
+        typer.Option(help="instead of the grid: w4, w2-g32 gptq, w2s24 sparsegpt gptq, float wanda, ..."),
+    ] = None,
+    kv: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="instead of the grid: float (binary16), kv8, kv4, kivi4, kivi2; -centred behind it"
+        ),
+    ] = None,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="instead of the grid: dense, lambda-limit:S+W, lambda-cache:S+W, sparq:r,share, sparf:r,share"
+        ),
+    ] = None,
+    level: Annotated[
+        list[str] | None,
+        typer.Option(help="instead of the grid: exact, float (float activations) or float-a8"),
+    ] = None,
     jobs: Annotated[int, typer.Option(help="rows measured side by side (1.5 GB each)")] = 1,
     measure: Annotated[bool, typer.Option(help="measure rows that have no kept result")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="print the rows as JSON")] = False,
 ) -> None:
-    """Measure what has not been measured, keep it, and show the table; of SmolLM2 also write docs/accuracy.md."""
-    from golden.accuracy import Results, grid, missing
+    """Measure what has not been measured, keep it, and show the table; a complete grid of SmolLM2 also writes
+    docs/accuracy.md. Any of --weights, --kv, --policy, --level measures their combinations instead of the grid."""
+    from golden.accuracy import Results, check_rows, missing
     from golden.accuracy_page import total_bytes
+    from golden.accuracy_rows import combinations, grid
     from golden.llama import english_text
     from golden.loaders import load
     from golden.spec import KVStrataError
@@ -35,11 +57,14 @@ def command(
         raise KVStrataError(f"the number of jobs must be at least 1, got {jobs}.")
     checkpoint, directory = load(model), build_dir() / "accuracy"
     everything = list(grid())
-    rows = [r for r in everything if _wanted(r, match, context, long)]
+    own = any((weights, kv, policy, level))
+    asked = combinations(context or [256], weights, kv, policy, level) if own else everything
+    rows = [r for r in asked if _wanted(r, match, context, long)]
     if not rows:
         raise KVStrataError(
             f"a filter must leave at least one row of the grid, got {match} at contexts {context}."
         )
+    check_rows(rows, checkpoint)
     text, results = english_text(), Results(directory / "results.sqlite")
     todo = missing(rows, checkpoint, text.sha256, results) if measure else []
     _measure(todo, model, directory, jobs)
@@ -48,7 +73,7 @@ def command(
     if not done:
         raise KVStrataError("the table needs at least one measured row, got none: run make accuracy.")
     export(done, directory)
-    if model is None:
+    if model is None and not own:
         kept = [results.get(r.key(checkpoint, text.sha256)) for r in everything]
         write_page([r for r in kept if r], len(everything), checkpoint, text.name, text.sha256)
     shown = (
@@ -145,11 +170,14 @@ def save_figure(figure: Any, path: Path) -> None:
 def write_page(
     done: list[dict[str, Any]], planned: int, checkpoint: Any, text_name: str, text_sha256: str
 ) -> None:
-    """docs/accuracy.md and its plot."""
+    """docs/accuracy.md and its plot, once every row of the grid is measured: a part would take committed rows away."""
     from golden.accuracy_page import page, pareto_plot
     from hw.flow.cache import ROOT, write_atomically
     from sw_stack.cli.output import note
 
+    if len(done) < planned:
+        note(f"docs/accuracy.md stays as it is: {len(done)} of {planned} rows of the grid are measured here")
+        return
     write_atomically(ROOT / "docs" / "accuracy.md", page(done, planned, checkpoint, text_name, text_sha256))
     save_figure(pareto_plot(done), ROOT / "docs" / "accuracy-pareto.svg")
     note(f"docs/accuracy.md: {len(done)} of {planned} rows")

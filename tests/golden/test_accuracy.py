@@ -9,24 +9,17 @@ from golden import accuracy
 from golden.accuracy import (
     Bench,
     Results,
-    Row,
-    check_exact,
-    decoder_class,
-    drive_sparsity,
-    exact_window,
-    grid,
+    check_rows,
     measure_rows,
     missing,
-    parse_policy,
     prefill,
 )
 from golden.accuracy_page import page, pareto_front, pareto_plot, table
+from golden.accuracy_rows import Row, grid, parse_policy
 from golden.compression import Recipe
-from golden.exact_decoder import ExactDecoder
 from golden.float_decoder import FloatDecoder
 from golden.policies import Sparq
 from golden.spec import KVStrataError
-from golden.storage.decoder import StorageDecoder
 from sw_stack.cli import main
 
 RESULT = {"name": "float float float dense (float)", "context": 1024, "level": "float", "weights": "float",
@@ -101,13 +94,7 @@ def test_kept_rows_are_not_measured_again(rows, smollm2):
 def test_every_row_of_the_grid_is_legal_and_its_own(smollm2):
     every = list(grid())
     assert len({r.key(smollm2, "t") for r in every}) == len(every)
-    for row in every:
-        parse_policy(row.policy, 64, 3)
-        check_exact(row)
-        if decoder_class(row) is StorageDecoder:
-            drive_sparsity(row.policy)
-        elif decoder_class(row) is ExactDecoder:
-            exact_window(row.policy)
+    check_rows(every, smollm2)
     assert {r.context for r in every} == {256, 1024, 2048, 4096, 8192}
 
 
@@ -136,12 +123,10 @@ def test_impossible_rows_are_named(short, smollm2, tmp_path):
         bench.windows(300)
     with pytest.raises(KVStrataError, match="the exact level computes with a8 and a KV format of float, kv8"):
         bench.decoder(Row(48, "exact", Recipe("w4"), "a8", "kv3"))
-    with pytest.raises(KVStrataError, match="a K offset goes with dense attention at the exact level"):
-        bench.decoder(Row(48, "exact", Recipe("w4"), "a8", "kv4-centred", "sparq:16,0.125"))
-    with pytest.raises(KVStrataError, match="the engine attends densely or by lambda-limit"):
-        exact_window("sparq:16,0.125")
-    with pytest.raises(KVStrataError, match="in-storage unit attends densely or by sparf:r,share, got sparq"):
-        drive_sparsity("sparq:16,0.125")
+    with pytest.raises(
+        KVStrataError, match="the exact level computes with quantised weights, got float wanda a8"
+    ):
+        bench.decoder(Row(48, "exact", Recipe("float", prune="wanda"), "a8", "kv4"))
 
 
 def test_page_and_plot_show_the_rows(smollm2):
@@ -165,6 +150,20 @@ def test_page_and_plot_show_the_rows(smollm2):
     (["--jobs", "0"], "the number of jobs must be at least 1, got 0"),
     (["no such row"], "a filter must leave at least one row of the grid, got"),
     (["--model", "/nowhere/m.gguf"], "a GGUF model must be an existing file, got /nowhere/m.gguf"),
+    (["--policy", "sparq:65,0.1"], "r must be 1 to the head size 64, got 65"),
+    (["--policy", "sparf:16,2"], "its ratio in (0, 1], got 0 and 2.0"),
+    (["--policy", "lambda-limit:4+0"], "sinks >= 0 and a window of at least 1, got 4 and 0"),
+    (["--policy", "h2o"], "a policy must be dense, lambda-limit:S+W, lambda-cache:S+W, sparq:r,share or sparf:r,share"),
+    (["--weights", "w4-g48"], "the group size of w4 must be one of (32, 64, 128), got 48"),
+    (["--weights", "w2s24"], "w2s24 needs a pruning method (magnitude, wanda, sparsegpt), got none"),
+    (["--weights", "w4 best"], "prune must be one of none, magnitude, wanda, sparsegpt, got best"),
+    (["--weights", "w4 gptq nearest"], "a format with -gGROUP, pruning and rounding at most, got w4 gptq nearest"),
+    (["--weights", "float"], "the exact level computes with quantised weights, got float a8 kv4 dense (exact)"),
+    (["--kv", "kv3"], "a KV format of float, kv8, kv4, kivi4, kivi2, got w4 a8 kv3 dense (exact)"),
+    (["--kv", "kv3", "--level", "float"], "a KV representation must be one of float, kv8, kv4, kivi4, kivi2, got kv3"),
+    (["--level", "rtl"], "a level must be float or exact, got rtl"),
+    (["--kv", "kv8", "--context", "192"], "a context must be 193 to 8192 tokens, got 192"),
+    (["--kv", "kv8", "--context", "9000"], "a context must be 193 to 8192 tokens, got 9000"),
     (["--no-measure"], "the table needs at least one measured row, got none: run make accuracy"),
 ])  # fmt: skip
 def test_the_verb_answers_bad_input_in_one_sentence(arguments, message, tmp_path, monkeypatch, capsys):

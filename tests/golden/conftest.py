@@ -1,10 +1,16 @@
 """A random decoder small enough for many forward passes, and SmolLM2 loaded once."""
 
+import os
+
 import pytest
 import torch
 
 from golden.config import DecoderConfig
 from golden.loaders import Checkpoint, load
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # A worker per core: more threads than that only wait for each other.
+    torch.set_num_threads(1)
 
 TINY = DecoderConfig("tiny", layers=2, hidden=64, heads=4, kv_heads=2, head_size=16, ffn=128, vocab=96,
                    context=256, rope_base=10000.0, norm_eps=1e-5)  # fmt: skip

@@ -75,12 +75,13 @@ def attend_lambda(
     q, q_limit: [Hq, T, dh] rotated to their positions and to D; k, v: [Hkv, S, dh] by token, k after RoPE;
     sink_k: [Hkv, min(sinks, S), dh] before RoPE; positions: [T], the last queries of the S tokens.
     """
-    blocks = [
-        _attend_block(q[:, i : i + QUERY_BLOCK], q_limit[:, i : i + QUERY_BLOCK], k, v, sink_k,
-                      positions[i : i + QUERY_BLOCK], shape)
-        for i in range(0, len(positions), QUERY_BLOCK)
-    ]  # fmt: skip
-    return torch.cat(blocks, 1)
+    return torch.cat(
+        [
+            _attend_block(q[:, part], q_limit[:, part], k, v, sink_k, positions[part], shape)
+            for part in (slice(i, i + QUERY_BLOCK) for i in range(0, len(positions), QUERY_BLOCK))
+        ],
+        1,
+    )
 
 
 def _attend_block(

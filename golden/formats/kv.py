@@ -80,12 +80,16 @@ class KiviCodec(Codec):
 
 
 def _round_trip(x: Tensor, bits: int, axis: int) -> Tensor:
-    """Asymmetric quantisation along an axis and back, scale and minimum in binary16."""
-    low = x.amin(axis, keepdim=True).half().to(x.dtype)
-    scale = ((x.amax(axis, keepdim=True) - low) / ((1 << bits) - 1)).half().to(x.dtype)
+    """Asymmetric quantisation along an axis and back, scale and minimum in saturating binary16."""
+    low = _half(x.amin(axis, keepdim=True))
+    scale = _half((x.amax(axis, keepdim=True) - low) / ((1 << bits) - 1))
     safe = torch.where(scale > 0, scale, 1.0)
     codes = torch.floor((x - low) / safe + 0.5).clamp(0, (1 << bits) - 1)
     return torch.where(scale > 0, codes, 0.0) * scale + low
+
+
+def _half(x: Tensor) -> Tensor:
+    return x.clamp(-ops.FP16_MAX, ops.FP16_MAX).half().to(x.dtype)
 
 
 def codec(name: str) -> Codec:

@@ -116,9 +116,17 @@ def pack_kv(kv: KVCodes, fmt: KVFormat) -> np.ndarray:
 
 
 def unpack_kv(image: np.ndarray, fmt: KVFormat) -> KVCodes:
-    """The inverse of `pack_kv`."""
+    """The inverse of `pack_kv`; KVStrataError for an image without codes or a scale that is not finite."""
+    if image.shape[-1] <= 4:
+        raise KVStrataError(
+            f"a {fmt.name} image must be codes and 4 bytes behind them, got shape {image.shape}."
+        )
+    scale, minimum = _halves(image[..., -4:-2]), _halves(image[..., -2:])
+    for name, values in (("scale", scale), ("minimum", minimum)):
+        if not torch.isfinite(values).all():
+            raise KVStrataError(f"a {name} of {fmt.name} must be finite, got NaN or infinity.")
     codes = torch.from_numpy(unpack_fields(image[..., :-4], fmt.bits).astype(np.int64))
-    return KVCodes(codes, _halves(image[..., -4:-2]), _halves(image[..., -2:]))
+    return KVCodes(codes, scale, minimum)
 
 
 def _half_bytes(values: Tensor) -> np.ndarray:

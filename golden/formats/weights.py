@@ -73,6 +73,14 @@ class QuantisedWeight:
         for name, values in (("scale", self.scale), ("minimum", self.minimum)):
             if values is not None and not torch.isfinite(values).all():
                 raise KVStrataError(f"a {name} of {self.format.name} must be finite, got NaN or infinity.")
+        if not self.format.sparse24:
+            lost = (self.codes.unflatten(1, (-1, self.format.group)) != 0).any(-1) & (self.scale == 0)
+            if lost.any():
+                row, group = lost.nonzero()[0].tolist()
+                raise KVStrataError(
+                    f"a scale of {self.format.name} must not be zero where codes are not, "
+                    f"got 0 in row {row}, group {group}."
+                )
         sums = self.dequantise().abs().sum(1)
         row = int(sums.argmax())
         if sums[row] >= ROW_LIMIT:
@@ -225,7 +233,13 @@ def quantise_weight(weight: Tensor, fmt: WeightFormat, kept: Tensor | None = Non
     if fmt.sparse24:
         assert kept is not None
         codes = codes * kept
-    return QuantisedWeight(fmt, codes.to(torch.int8), scale, minimum, kept if fmt.sparse24 else None).check()
+    found = QuantisedWeight(fmt, codes.to(torch.int8), scale, minimum, kept if fmt.sparse24 else None).check()
+    if weight.any() and not scale.any() and (minimum is None or not minimum.any()):
+        raise KVStrataError(
+            f"a weight must not vanish in {fmt.name}, whose scales are fp16, got a greatest |weight| of "
+            f"{weight.abs().max().item():.3g}."
+        )
+    return found
 
 
 def check_mask24(kept: Tensor, weight: Tensor) -> None:
@@ -248,18 +262,19 @@ def import_gguf_block(
 
     raw: uint8 [N, blocks * block_bytes] as `gguf` memory-maps it. A Q4_1 block is fp16 scale, fp16 minimum and
     16 bytes whose low nibbles are elements 0..15 and high nibbles elements 16..31; a Q8_0 block is fp16 scale
-    and 32 int8. Raises KVStrataError for a Q8_0 code of -128, which w8 does not hold.
+    and 32 int8. Codes under a scale of zero, which say nothing, become 0. Raises KVStrataError for a Q8_0 code of
+    -128, which w8 does not hold.
     """
     block_bytes = {"Q4_1": 20, "Q8_0": 34}[kind]
     blocks = np.ascontiguousarray(raw).reshape(raw.shape[0], -1, block_bytes)
     scale = torch.from_numpy(blocks[..., 0:2].copy().view("<f2")[..., 0].astype(np.float64))
     if kind == "Q8_0":
-        codes = torch.from_numpy(blocks[..., 2:].copy().view(np.int8)).flatten(1)
-        return QuantisedWeight(fmt_w8, codes, scale).check()
+        codes = torch.from_numpy(blocks[..., 2:].copy().view(np.int8)) * (scale != 0)[..., None]
+        return QuantisedWeight(fmt_w8, codes.flatten(1), scale).check()
     minimum = torch.from_numpy(blocks[..., 2:4].copy().view("<f2")[..., 0].astype(np.float64))
     packed = torch.from_numpy(blocks[..., 4:].copy())
-    codes = torch.cat((packed & 15, packed >> 4), -1).flatten(1).to(torch.int8)
-    return QuantisedWeight(fmt_w4, codes, scale, minimum).check()
+    codes = torch.cat((packed & 15, packed >> 4), -1).to(torch.int8) * (scale != 0)[..., None]
+    return QuantisedWeight(fmt_w4, codes.flatten(1), scale, minimum).check()
 
 
 def weight_row_integers(q: QuantisedWeight, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -106,17 +106,33 @@ class Softmax:
 
     def step(self, s: F32, c: I64, frac: I64, present: NDArray[np.bool_]) -> tuple[I64, F16, I64]:
         """One group: s [G, 16], c and frac [G], present [16]. Returns scores [G, 16], p [G, 16] and d [G]."""
+        z, p, d, _ = self.steps(s[None], c, frac, present[None])
+        return z[0], p[0], d[0]
+
+    def steps(self, s: F32, c: I64, frac: I64, present: NDArray[np.bool_]) -> tuple[I64, F16, I64, I64]:
+        """Groups in ascending order: s [n, G, 16], present [n, 16] or [n, G, 16]. Returns scores and p [n, G, 16], d
+        [n, G] and the maximum after each group [n, G]."""
+        present = present if present.ndim == 3 else present[:, None]
         z = score(s, c[:, None], frac[:, None])
-        self.poisoned |= (poison(s) & present).any(1)
+        self.poisoned |= (poison(s) & present).any((0, 2))
         live = present & ~np.isneginf(s)
-        any_live = live.any(1)
-        top = -(-np.where(live, z, -(1 << 40)).max(1) >> SCORE_FRAC)
-        new = np.where(any_live, np.where(self.seen, np.maximum(self.maximum, top), top), self.maximum)
-        d = np.where(self.seen, new - self.maximum, 0)
-        p = np.where(live, exp2_fp16(np.maximum((new[:, None] << SCORE_FRAC) - z, 0)), np.float16(0))
-        self.sum = (self.sum >> np.minimum(d, 63)) + (p_integer(p).sum(1) << L_EXTRA_FRAC)
-        self.maximum, self.seen = new, self.seen | any_live
-        return z, p, d
+        top = -(-np.where(live, z, _NEVER).max(2) >> SCORE_FRAC)
+        before = np.where(self.seen, self.maximum, _NEVER)
+        running = np.maximum.accumulate(np.concatenate((before[None], np.where(live.any(2), top, _NEVER))))
+        seen, new = running[:-1] > _NEVER, running[1:]
+        d = np.where(seen, new - running[:-1], 0)
+        p = np.where(live, exp2_fp16(np.maximum((new[..., None] << SCORE_FRAC) - z, 0)), np.float16(0))
+        for shift, more in zip(np.minimum(d, 63), p_integer(p).sum(2) << L_EXTRA_FRAC):
+            self.sum = (self.sum >> shift) + more
+        new = np.where(new > _NEVER, new, self.maximum)
+        self.maximum, self.seen = new[-1], running[-1] > _NEVER
+        return z, p, d, new
+
+
+_NEVER = -(1 << 40)
+"""Below any maximum: no live token yet."""
+BLOCK_ELEMENTS = 1 << 21
+"""Products computed at once: bounds memory; results do not depend on it."""
 
 
 def reciprocal(l: I64) -> tuple[I64, I64]:
@@ -159,16 +175,23 @@ def exact(q: F16, k: F16, v: F16, selected: NDArray[np.bool_], far: Far | None =
     frac = np.full(queries, SCALE_FRAC, np.int64)
     state = Softmax(queries)
     o = np.zeros((queries, dh), np.float32)
-    marks = _pad(selected.T).swapaxes(1, -1)  # [groups, 16] or [groups, G, 16]
-    for group, (kg, vg, present) in enumerate(zip(_pad(k), _pad(v), marks)):
-        if not present.any():
-            continue
-        s = tree(mul(q[:, None, :], kg[None]))
-        if far is not None and group * GROUP_TOKENS < len(far.k):
-            s = far.scores(s, group * GROUP_TOKENS)
-        _, p, d = state.step(s, c, frac, present)
-        products = np.where(present[..., None, :], mul(p[:, None, :], vg.T[None]), np.float32(0))
-        o = add(scale2(o, d[:, None]), tree(products))
+    kg, vg, marks = (
+        _pad(k),
+        _pad(v),
+        _pad(selected.T).swapaxes(1, -1),
+    )  # marks [groups, 16] or [groups, G, 16]
+    used = np.flatnonzero(marks.reshape(len(marks), -1).any(1))
+    blocks = 1 + len(used) * kg[0].size * queries // BLOCK_ELEMENTS
+    for at in np.array_split(used, blocks) if len(used) else ():
+        s = tree(mul(q[None, :, None], kg[at, None]))
+        if far is not None:
+            for i in np.flatnonzero(at * GROUP_TOKENS < len(far.k)):
+                s[i] = far.scores(s[i], at[i] * GROUP_TOKENS)
+        _, p, d, _ = state.steps(s, c, frac, marks[at])
+        present = marks[at].reshape(len(at), -1, 1, GROUP_TOKENS)
+        products = np.where(present, mul(p[:, :, None], vg[at].swapaxes(1, 2)[:, None]), np.float32(0))
+        for shift, more in zip(d, tree(products)):
+            o = add(scale2(o, shift[:, None]), more)
     rl, n = reciprocal(state.sum)
     y = mulint(o, rl[:, None], n[:, None] - 24)
     bad = state.poisoned | (state.sum == 0)
@@ -231,14 +254,10 @@ def _approximate(q: F16, k: F16, channels: I64) -> tuple[I64, I64, I64, Softmax]
     for channel in channels:
         s = add(s, mul(q[:, channel, None], k[None, :, channel]))
     state = Softmax(queries)
-    zs, ps, ms = [], [], []
-    for sg, present in zip(_pad(s.T), _pad(np.ones(len(k), bool))):
-        z, p, _ = state.step(sg.T, c, frac, present)
-        zs.append(z.T)
-        ps.append(p_integer(p).T)
-        ms.append(np.broadcast_to(state.maximum, (GROUP_TOKENS, queries)))
-    tokens = slice(len(k))
-    return np.concatenate(zs)[tokens], np.concatenate(ps)[tokens], np.concatenate(ms)[tokens], state
+    groups, present = _pad(s.T).swapaxes(1, 2), _pad(np.ones(len(k), bool))
+    scores, probabilities, _, m = state.steps(groups, c, frac, present)
+    z, p = (x.swapaxes(1, 2).reshape(-1, queries)[: len(k)] for x in (scores, p_integer(probabilities)))
+    return z, p, np.repeat(m, GROUP_TOKENS, 0)[: len(k)], state
 
 
 def share_keys(weights: I64, rl: I64, n: I64, z: I64) -> I64:

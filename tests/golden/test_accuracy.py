@@ -29,22 +29,25 @@ RESULT = {"name": "float float float dense (float)", "context": 1024, "level": "
           "weight_bytes_per_token": 100_000_000, "kv_bytes_per_token": 5e6}  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def short():
+def shorten(patch):
     """One short segment instead of two long ones."""
-    patch = pytest.MonkeyPatch()
     patch.setattr(accuracy, "ENDS", (300,))
     patch.setattr(accuracy, "TAIL", 24)
-    yield
-    patch.undo()
+
+
+@pytest.fixture
+def short(monkeypatch):
+    shorten(monkeypatch)
 
 
 @pytest.fixture(scope="module")
-def rows(short, smollm2, tmp_path_factory):
+def rows(smollm2, tmp_path_factory):
     directory = tmp_path_factory.mktemp("accuracy")
     wanted = [Row(48), Row(48, kv="kv4"), Row(48, policy="sparf:16,0.25"),
               Row(48, "exact", Recipe("w4"), "a8", "kv8")]  # fmt: skip
-    return wanted, list(measure_rows(wanted, smollm2, directory)), directory
+    with pytest.MonkeyPatch.context() as patch:
+        shorten(patch)
+        return wanted, list(measure_rows(wanted, smollm2, directory)), directory
 
 
 def test_the_reference_row_is_perfect_and_others_are_not(rows):
@@ -163,8 +166,8 @@ def test_page_and_plot_show_the_rows(smollm2):
     (["--kv", "kv3"], "a KV format of float, kv8, kv4, kivi4, kivi2, got w4 a8 kv3 dense (exact)"),
     (["--kv", "kv3", "--level", "float"], "a KV representation must be one of float, kv8, kv4, kivi4, kivi2, got kv3"),
     (["--level", "rtl"], "a level must be float or exact, got rtl"),
-    (["--kv", "kv8", "--context", "1"], "tokens, got 1."),
-    (["--kv", "kv8", "--context", "9000"], "tokens, got 9000."),
+    (["--kv", "kv8", "--context", "192"], "a context must be 193 to 8192 tokens, got 192"),
+    (["--kv", "kv8", "--context", "9000"], "a context must be 193 to 8192 tokens, got 9000"),
     (["--no-measure"], "the table needs at least one measured row, got none: run make accuracy"),
 ])  # fmt: skip
 def test_the_verb_answers_bad_input_in_one_sentence(

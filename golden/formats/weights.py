@@ -51,17 +51,17 @@ class QuantisedWeight:
             * (self.format.code_bytes_per_group + self.format.scale_bytes_per_group)
         )
 
-    def _spread(self, per_group: Tensor) -> Tensor:
-        return per_group.repeat_interleave(self.format.group, 1)
-
     def dequantise(self) -> Tensor:
         """float64 [N, K]: the values that the integers stand for, exactly."""
-        value = self.codes.double() * self._spread(self.scale)
-        return value if self.minimum is None else value + self._spread(self.minimum)
+        value = self.codes.double().unflatten(1, (-1, self.format.group))
+        value *= self.scale[..., None]
+        if self.minimum is not None:
+            value += self.minimum[..., None]
+        return value.flatten(1)
 
     def integers(self) -> Tensor:
         """float64 [N, K] of integers in units of 2**-24: the operand of the exact matrix product."""
-        return self.dequantise() * (1 << FP16_FRAC)
+        return self.dequantise().mul_(1 << FP16_FRAC)
 
     def check(self) -> QuantisedWeight:
         """Itself, if legal; KVStrataError names the broken rule, the row and the value."""
@@ -269,7 +269,8 @@ def import_gguf_block(
     blocks = np.ascontiguousarray(raw).reshape(raw.shape[0], -1, block_bytes)
     scale = torch.from_numpy(blocks[..., 0:2].copy().view("<f2")[..., 0].astype(np.float64))
     if kind == "Q8_0":
-        codes = torch.from_numpy(blocks[..., 2:].copy().view(np.int8)) * (scale != 0)[..., None]
+        codes = torch.from_numpy(blocks[..., 2:].copy().view(np.int8))
+        codes = codes * ((scale != 0)[..., None] | (codes < fmt_w8.code_min))
         return QuantisedWeight(fmt_w8, codes.flatten(1), scale).check()
     minimum = torch.from_numpy(blocks[..., 2:4].copy().view("<f2")[..., 0].astype(np.float64))
     packed = torch.from_numpy(blocks[..., 4:].copy())

@@ -181,7 +181,7 @@ def exact(q: F16, k: F16, v: F16, selected: NDArray[np.bool_], far: Far | None =
         _pad(selected.T).swapaxes(1, -1),
     )  # marks [groups, 16] or [groups, G, 16]
     used = np.flatnonzero(marks.reshape(len(marks), -1).any(1))
-    blocks = 1 + len(used) * kg[0].size * queries // BLOCK_ELEMENTS
+    blocks = min(len(used), 1 + len(used) * kg[0].size * queries // BLOCK_ELEMENTS)
     for at in np.array_split(used, blocks) if len(used) else ():
         s = tree(mul(q[None, :, None], kg[at, None]))
         if far is not None:

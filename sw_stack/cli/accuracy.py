@@ -1,5 +1,6 @@
 """`kvstrata accuracy`: quality of formats and policies on the real model, beside the bytes they read."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -7,6 +8,7 @@ import typer
 
 if TYPE_CHECKING:
     from golden.accuracy_rows import Row
+    from golden.loaders.checkpoint import Checkpoint
 
 
 def command(
@@ -67,7 +69,7 @@ def command(
     check_rows(rows, checkpoint)
     text, results = english_text(), Results(directory / "results.sqlite")
     todo = missing(rows, checkpoint, text.sha256, results) if measure else []
-    _measure(todo, model, directory, jobs)
+    _measure(todo, checkpoint, model, directory, jobs)
     keys = [(r, results.get(r.key(checkpoint, text.sha256))) for r in rows]
     done = [result for _, result in keys if result]
     if not done:
@@ -95,13 +97,11 @@ def _wanted(row: "Row", match: list[str] | None, context: list[int] | None, long
     return named and (not context or row.context in context) and (long or row.context <= 1024)
 
 
-def _measure(todo: "list[Row]", model: Path | None, directory: Path, jobs: int) -> None:
-    """Rows that share weights stay in one process; each result is kept as soon as it is there."""
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
-
+def _measure(
+    todo: "list[Row]", checkpoint: "Checkpoint", model: Path | None, directory: Path, jobs: int
+) -> None:
+    """Each result is kept, and shown as progress, as soon as it is there; what is interrupted goes on the next time."""
     from golden.accuracy import measure_rows
-    from golden.loaders import load
     from sw_stack.cli.output import console
 
     if not todo:
@@ -111,21 +111,45 @@ def _measure(todo: "list[Row]", model: Path | None, directory: Path, jobs: int) 
     with Progress(console=console) as progress:
         task = progress.add_task("Accuracy", total=len(todo))
         if jobs == 1:
-            for result in measure_rows(todo, load(model), directory):
+            for result in measure_rows(todo, checkpoint, directory):
                 progress.update(task, advance=1, description=f"{result['name']} at {result['context']}")
             return
-        shares = _shares(todo)
-        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-            for count in pool.map(_share, [(s, model, directory, jobs) for s in shares]):
-                progress.update(task, advance=count)
+        for done in _side_by_side(todo, checkpoint, model, directory, jobs):
+            progress.update(task, completed=done)
 
 
-def _shares(todo: "list[Row]") -> "list[list[Row]]":
-    """Rows grouped by weights and context, in order."""
+def _side_by_side(
+    todo: "list[Row]", checkpoint: "Checkpoint", model: Path | None, directory: Path, jobs: int
+) -> Iterator[int]:
+    """Rows done so far, every second, while processes measure a share each."""
+    from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+    from multiprocessing import get_context
+
+    from golden.accuracy import Results, missing
+    from golden.llama import english_text
+
+    sha256, results = english_text().sha256, Results(directory / "results.sqlite")
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        running = {pool.submit(_share, (s, model, directory, jobs)) for s in shares(todo, jobs)}
+        while running:
+            ended, running = wait(running, timeout=1, return_when=FIRST_EXCEPTION)
+            for share in ended:
+                share.result()
+            yield len(todo) - len(missing(todo, checkpoint, sha256, results))
+
+
+def shares(todo: "list[Row]", jobs: int) -> "list[list[Row]]":
+    """Rows grouped by weights and context, in order; large groups are cut where weights cost little to make again."""
     groups: dict[Any, list[Row]] = {}
     for row in todo:
         groups.setdefault((row.level, row.recipe, row.context > 1024 and row.context), []).append(row)
-    return list(groups.values())
+    most = max(1, len(todo) // jobs)
+    return [
+        group[i : i + size]
+        for group in groups.values()
+        for size in [len(group) if group[0].recipe.needs_calibration else most]
+        for i in range(0, len(group), size)
+    ]
 
 
 def _share(work: "tuple[list[Row], Path | None, Path, int]") -> int:

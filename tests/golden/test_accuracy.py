@@ -15,13 +15,15 @@ from golden.accuracy import (
     prefill,
 )
 from golden.accuracy_page import page, pareto_front, pareto_plot, table
-from golden.accuracy_rows import Row, grid, parse_policy
+from golden.accuracy_rows import Row, combinations, grid, parse_policy
 from golden.compression import Recipe
 from golden.float_decoder import FloatDecoder
 from golden.loaders import load
 from golden.policies import Sparq
 from golden.spec import KVStrataError
+from golden.spec.policies import SparfCosts
 from sw_stack.cli import main
+from sw_stack.cli.accuracy import shares, write_page
 
 RESULT = {"name": "float float float dense (float)", "context": 1024, "level": "float", "weights": "float",
           "activations": "float", "kv": "float", "policy": "dense", "perplexity": 12.5, "top1_agreement": 1.0,
@@ -113,6 +115,34 @@ def test_prompts_are_computed_by_the_policys_own_rule(tiny):
     step = [decoder.hidden([3], cache) for decoder, cache in ((dense, a), (dense, b))]
     assert torch.equal(*step)
     assert not torch.allclose(sparse.hidden([4], a), dense.hidden([4], b))
+
+
+def test_combinations_are_rows_of_their_own_and_are_shared_out():
+    caches, policies = ["float", "kivi4-centred"], ["dense", "sparq:8,0.5"]
+    levels = ["exact", "float", "float-a8"]
+    rows = combinations([256, 512], ["w4", "w2s24-g64 sparsegpt gptq"], caches, policies, levels)
+    assert len({(r.name, r.context) for r in rows}) == len(rows) == 48
+    assert rows[0] == Row(256, "exact", Recipe("w4"), "a8", "float", "dense")
+    assert {(r.level, r.activations) for r in rows} == {("exact", "a8"), ("float", "float"), ("float", "a8")}
+    assert Recipe.parse(rows[-1].recipe.name) == rows[-1].recipe == Recipe("w2s24", 64, "sparsegpt", "gptq")
+    parts = shares(rows, 5)
+    assert sorted(map(id, rows)) == sorted(id(r) for part in parts for r in part)
+    assert all(len({(r.recipe, r.level) for r in part}) == 1 for part in parts)
+    assert len(shares([r for r in rows if r.level == "exact" and r.recipe == Recipe("w4")], 4)) == 4
+
+
+def test_pages_of_a_drive_are_counted_for_binary16_alone(smollm2, tmp_path):
+    bench = Bench(smollm2, tmp_path)
+    costs = bench._costs(Row(256, "exact", Recipe("w4"), "a8", "kv8", "sparf:16,0.125"))
+    same = bench._costs(Row(256, "exact", Recipe("w4"), "a8", "kv8", "sparq:16,0.125"))
+    assert costs.expected(256) == same.expected(256)
+    assert isinstance(bench._costs(Row(256, policy="sparf:16,0.125")), SparfCosts)
+
+
+def test_a_part_of_the_grid_leaves_the_page_alone(smollm2, monkeypatch, capsys):
+    monkeypatch.setattr("hw.flow.cache.write_atomically", lambda *_: pytest.fail("wrote the page"))
+    write_page([RESULT], 66, smollm2, "topics", "ab" * 32)
+    assert "docs/accuracy.md stays as it is: 1 of 66 rows" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("text", ["nothing", "lambda-limit:4", "sparq:16", "sparf:a,b", "dense:1"])

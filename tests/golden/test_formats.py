@@ -176,6 +176,25 @@ def test_bad_codes_and_images_are_named():
     q.scale[1, 1] = torch.inf
     with pytest.raises(KVStrataError, match="a scale of w4 must be finite"):
         q.check()
+    q = good()
+    q.scale[2, 1] = 0
+    q.codes[2, 40] = 3
+    with pytest.raises(
+        KVStrataError, match="w4 must not be zero where codes are not, got 0 in row 2, group 1"
+    ):
+        q.check()
+    with pytest.raises(
+        KVStrataError, match="a weight must not vanish in w8, .* got a greatest .weight. of 1e-09"
+    ):
+        quantise_weight(torch.full((2, 32), 1e-9), W8)
+    image = pack_kv(ops.quantise_kv(ops.to_q16(gaussian(2, 64)), 4), KV_FORMATS["kv4"])
+    image[1, -3] = 0x7C
+    with pytest.raises(KVStrataError, match="a scale of kv4 must be finite, got NaN or infinity"):
+        unpack_kv(image, KV_FORMATS["kv4"])
+    with pytest.raises(
+        KVStrataError, match=r"image must be codes and 4 bytes behind them, got shape \(2, 4\)"
+    ):
+        unpack_kv(image[:, -4:], KV_FORMATS["kv4"])
     with pytest.raises(KVStrataError, match=r"must be \[N, K/G, 20\] bytes, got shape \(1, 1, 19\)"):
         unpack_weight(np.zeros((1, 1, 19), np.uint8), W4)
     with pytest.raises(KVStrataError, match="2:4 pattern must be 0 to 5, got 7"):
@@ -190,6 +209,25 @@ def test_bad_codes_and_images_are_named():
     raw[0, :2] = np.frombuffer(np.float16(np.nan).tobytes(), np.uint8)
     with pytest.raises(KVStrataError, match="a scale of w4 must be finite"):
         import_gguf_block(raw, "Q4_1", W4, W8)
+
+
+def test_codes_under_a_scale_of_zero_are_imported_as_zero():
+    """GGUF writers round a tiny scale to zero and keep the codes; the values stay what they were."""
+    for kind, size in (("Q4_1", 20), ("Q8_0", 34)):
+        raw = np.full((2, size), 0x11, np.uint8)
+        raw[0, :2] = 0
+        q = import_gguf_block(raw, kind, W4, W8)
+        expected = gguf.quants.dequantize(raw, getattr(gguf.GGMLQuantizationType, kind))
+        assert np.array_equal(q.dequantise().float().numpy(), expected)
+        assert not q.codes[0].any()
+
+
+def test_zeros_and_constants_have_a_scale_of_zero():
+    for fmt in (W8, W4, W2, W2S24):
+        zero = quantise_weight(torch.zeros(2, 128), fmt)
+        assert not zero.dequantise().any()
+        assert unpack_weight(pack_weight(zero), zero.format).check() is not None
+    assert (quantise_weight(torch.full((2, 128), 0.5), W4).dequantise() == 0.5).all()
 
 
 @settings(deadline=None)

@@ -238,6 +238,15 @@ def test_split_partials_merge_to_dense(owners, seed):
     assert torch.allclose(merged, finish(merge([merge(parts[:2]), parts[2]])), atol=1e-12)
 
 
+@pytest.mark.parametrize("policy", [Sparq, Sparf])
+def test_the_least_share_keeps_the_current_token(policy):
+    """A share that rounds to no token at all must not end in a softmax over nothing."""
+    heads = heads_of(40, 1)
+    chosen = policy(DH, G, r=1, ratio=1e-9)
+    assert chosen.select(heads).tokens.sum(-1).unique().tolist() == [1]
+    assert torch.isfinite(run(chosen, heads)).all()
+
+
 def test_nothing_live_gives_zeros():
     z, v = torch.ones(1, 4), torch.ones(4, 3)
     none = partial(z, torch.zeros(1, 4, dtype=torch.bool), v)

@@ -148,3 +148,81 @@ def test_queries_with_their_own_tokens_are_as_each_alone(head):
         alone, ended = attention.exact(q[i : i + 1], k, v, selected[i])
         assert np.array_equal(together[i : i + 1].view(np.uint32), alone.view(np.uint32))
         assert (state.sum[i], state.maximum[i]) == (ended.sum[0], ended.maximum[0])
+
+
+@pytest.mark.parametrize("size", [1, 2, 20, 96])
+def test_a_tree_of_any_length_is_that_of_its_power_of_two(size):
+    x = np.random.default_rng(size).normal(size=(3, size)).astype(np.float32)
+    whole = np.zeros((3, 1 << (size - 1).bit_length()), np.float32)
+    whole[:, :size] = x
+    assert np.array_equal(fp.tree(x), fp.tree(whole))
+    np.testing.assert_allclose(fp.tree(x), x.astype(np.float64).sum(1), atol=1e-4)
+
+
+@pytest.mark.parametrize("block", [1, 4000, 1 << 30])
+def test_blocks_of_groups_change_no_bit(block, monkeypatch):
+    q, k, v = head(np.random.default_rng(2), 3, 117, 64)
+    selected = np.random.default_rng(3).random((3, 117)) < 0.4
+    before, state = attention.exact(q, k, v, selected)
+    monkeypatch.setattr(attention, "BLOCK_ELEMENTS", block)
+    again, ended = attention.exact(q, k, v, selected)
+    assert np.array_equal(before.view(np.uint32), again.view(np.uint32))
+    assert (state.sum == ended.sum).all()
+
+
+@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 32, 33])
+@pytest.mark.parametrize("values", ["equal", "one-huge", "denormal"])
+def test_corners_at_group_boundaries(tokens, values):
+    """Equal scores mix equally, one huge score takes all, denormals count: dense, SparF and SparQ alike."""
+    q, k, v = head(np.random.default_rng(tokens), 2, tokens, 64)
+    if values == "equal":
+        k[:] = k[0]
+    elif values == "one-huge":
+        q[:], k[:] = 50, -50
+        k[tokens // 2] = 50
+    else:
+        q, k, v = ((x / 2**15 / 2**6).astype(np.float16) for x in (q, k, v))
+    expected = reference(q, k, v)
+    mean = attention.mean_value(v)
+    outputs = [attention.dense(q, k, v)] + [
+        attention.sparse(q, k, v, mean, r=64, top=tokens, window=0, shares=s).output for s in (False, True)
+    ]
+    for y in outputs:
+        assert np.abs(y - expected).max() <= 2e-3 * np.abs(v).max() + 2**-24
+    chosen = attention.sparse(q, k, v, mean, r=8, top=max(1, tokens // 4), window=0, shares=True).tokens
+    if values == "equal":
+        assert chosen.tolist() == list(range(max(1, tokens // 4)))
+    elif values == "one-huge":
+        assert tokens // 2 in chosen
+
+
+def test_the_mean_of_values_is_exact_and_says_what_is_not_finite():
+    v = np.array([[1, 6e-8, 65504, np.inf, np.inf, np.nan], [2, 0, 65504, 1, -np.inf, 1]], np.float16)
+    assert attention.mean_value(v).tolist()[:4] == [1.5, 0.0, 65504, np.inf]
+    assert np.isnan(attention.mean_value(v)[4:]).all()
+    assert bits(attention.mean_value(-v[:, :2]))[1] == 0  # no negative zero
+
+
+def test_sparq_ranks_a_group_by_its_probabilities():
+    """By hand: one query is sure of token 0, the other spreads; the sum of scores would prefer token 2."""
+    q = np.zeros((2, 64), np.float16)
+    q[0, 0], q[1, 1] = 8, 8
+    k = np.zeros((4, 64), np.float16)
+    k[0, :2], k[2, :2], k[1, :2], k[3, :2] = (8, -20), (6, 4), (-9, 3.8), (-9, 3.9)
+    pick = lambda shares: attention.sparse(q, k, k, k[0], r=2, top=1, window=0, shares=shares).tokens.tolist()  # noqa: E731
+    assert (pick(True), pick(False)) == ([0], [2])
+
+
+@pytest.mark.parametrize("sinks", [1, 15, 16, 20])
+def test_far_sinks_are_scored_by_their_own_query_and_key(sinks):
+    rng = np.random.default_rng(sinks)
+    q, k, v = head(rng, 3, 45, 64)
+    far_q, far_k, _ = head(rng, 3, sinks, 64)
+    where, lost = rng.random((3, sinks)) < 0.6, rng.normal(size=3).astype(np.float32)
+    live = np.ones((3, 45), bool)
+    got, _ = attention.exact(q, k, v, live, attention.Far(far_q, far_k, where, lost))
+    z = q.astype(np.float64) @ k.T.astype(np.float64)
+    far = far_q.astype(np.float64) @ far_k.T.astype(np.float64) - lost[:, None]
+    z[:, :sinks] = np.where(where, far, z[:, :sinks])
+    p = np.exp(z / 8 - (z / 8).max(1, keepdims=True))
+    np.testing.assert_allclose(got, p @ v.astype(np.float64) / p.sum(1, keepdims=True), atol=4e-3)

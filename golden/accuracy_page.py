@@ -13,6 +13,7 @@ from golden.accuracy_rows import SHORT_CONTEXTS
 from golden.loaders.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Result = Mapping[str, Any]
@@ -138,29 +139,37 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def pareto_plot(results: Sequence[Result]) -> Figure:
-    """KL against float over bytes per token, one panel per context; the front is joined."""
+    """KL against float over bytes per token, one panel per context; the front is joined, numbered and named beside."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     contexts = sorted({r["context"] for r in results})
-    figure = Figure(figsize=(6.5, 4.2 * len(contexts)), layout="constrained")
+    figure = Figure(figsize=(8.5, 3.6 * len(contexts)), layout="constrained")
     FigureCanvasAgg(figure)
     for i, context in enumerate(contexts):
-        rows = [r for r in results if r["context"] == context]
-        points = [(total_bytes(r) / 1e6, max(r["kl_nats"], 1e-3)) for r in rows]
         axes = figure.add_subplot(len(contexts), 1, i + 1)
-        for level, marker in (("float", "o"), ("exact", "s")):
-            chosen = [p for p, r in zip(points, rows) if r["level"] == level]
-            if chosen:
-                x, y = zip(*chosen)
-                axes.scatter(x, y, marker=marker, label=level, s=22)
-        front = pareto_front(points)
-        axes.plot(*zip(*(points[j] for j in front)), color="0.6", zorder=0)
-        for j in front:
-            axes.annotate(rows[j]["name"].replace("float ", ""), points[j], fontsize=6, rotation=18,
-                          xytext=(3, 3), textcoords="offset points")  # fmt: skip
-        axes.set(xscale="log", yscale="log", xlabel="bytes read per token (MB, batch 1)", ylabel="KL to float (nat)",
+        _pareto_panel(axes, [r for r in results if r["context"] == context])
+        axes.set(yscale="log", xlabel="MB read per token (batch 1)", ylabel="KL to float (nat)",
                  title=f"context {context:,}")  # fmt: skip
-        axes.grid(True, alpha=0.3)
-        axes.legend()
     return figure
+
+
+LEAST_KL = 1e-3
+"""What is less is drawn here: the axis is logarithmic, and the reference has none."""
+
+
+def _pareto_panel(axes: Axes, rows: Sequence[Result]) -> None:
+    points = [(total_bytes(r) / 1e6, max(r["kl_nats"], LEAST_KL)) for r in rows]
+    for level, marker in (("float", "o"), ("exact", "s")):
+        chosen = [p for p, r in zip(points, rows) if r["level"] == level]
+        if chosen:
+            x, y = zip(*chosen)
+            axes.scatter(x, y, marker=marker, label=level, s=22)
+    front = pareto_front(points)
+    axes.plot(*zip(*(points[j] for j in front)), color="0.6", zorder=0)
+    for number, j in enumerate(front, 1):
+        axes.annotate(str(number), points[j], fontsize=8, xytext=(4, 4), textcoords="offset points")
+    names = [f"{number}  {rows[j]['name']}" for number, j in enumerate(front, 1)]
+    axes.text(1.02, 1, "\n".join(names), transform=axes.transAxes, va="top", fontsize=7)
+    axes.grid(True, alpha=0.3)
+    axes.legend(loc="lower left")

@@ -122,6 +122,7 @@ def _side_by_side(
     todo: "list[Row]", checkpoint: "Checkpoint", model: Path | None, directory: Path, jobs: int
 ) -> Iterator[int]:
     """Rows done so far, every second, while processes measure a share each."""
+    import os
     from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
     from multiprocessing import get_context
 
@@ -130,7 +131,7 @@ def _side_by_side(
 
     sha256, results = english_text().sha256, Results(directory / "results.sqlite")
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        running = {pool.submit(_share, (s, model, directory, jobs)) for s in shares(todo, jobs)}
+        running = {pool.submit(_share, s, model, directory, jobs, os.getpid()) for s in shares(todo, jobs)}
         while running:
             ended, running = wait(running, timeout=1, return_when=FIRST_EXCEPTION)
             for share in ended:
@@ -152,7 +153,7 @@ def shares(todo: "list[Row]", jobs: int) -> "list[list[Row]]":
     ]
 
 
-def _share(work: "tuple[list[Row], Path | None, Path, int]") -> int:
+def _share(rows: "list[Row]", model: Path | None, directory: Path, jobs: int, parent: int) -> None:
     import os
 
     import torch
@@ -160,9 +161,10 @@ def _share(work: "tuple[list[Row], Path | None, Path, int]") -> int:
     from golden.accuracy import measure_rows
     from golden.loaders import load
 
-    rows, model, directory, jobs = work
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
-    return sum(1 for _ in measure_rows(rows, load(model), directory))
+    for _ in measure_rows(rows, load(model), directory):
+        if os.getppid() != parent:  # ended from outside: the next run goes on
+            return
 
 
 def export(done: list[dict[str, Any]], directory: Path) -> None:

@@ -37,7 +37,9 @@ def test_prefill_equals_steps_bit_for_bit(tiny, mode, kv):
     decoder = ExactDecoder(tiny, "w4", kv, MODES[mode])
     ids = tokens(101)
     whole = decoder.forward(ids, decoder.new_cache())
-    assert torch.equal(whole, in_steps(decoder, ids, [1] * 40 + [33, 1, 27]))
+    # Single tokens at an empty cache, where windows begin to drop tokens, and at the first tile's end.
+    cuts = [1, 1, 16, *[1] * 5, 6, *[1] * 6, 31, 1, 34]
+    assert torch.equal(whole, in_steps(decoder, ids, cuts))
     assert torch.equal(whole[-1:], decoder.forward(ids, decoder.new_cache(), last_only=True))
 
 

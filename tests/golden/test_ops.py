@@ -211,3 +211,20 @@ def test_dense_attention_follows_torchs_kernel():
     # 8-bit q, K and V and 7-bit probabilities against values of size 3
     assert (got - expected).abs().max() < 0.08
     assert (got - expected).abs().mean() < 0.01
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 9999), st.sampled_from([32, 96, 576]), st.integers(1, 5))
+def test_products_do_not_depend_on_the_order_of_their_terms(seed, k, parts):
+    """Any order and any split of the inner dimension gives the same accumulator, up to the row limit of section 3."""
+    rng = torch.Generator().manual_seed(seed)
+    codes = torch.randint(-127, 128, (3, k), generator=rng)
+    weights = torch.randint(-(1 << 47) // (127 * k), (1 << 47) // (127 * k), (4, k), generator=rng).double()
+    order = torch.randperm(k, generator=rng)
+    whole = ops.accumulate(codes, weights)
+    assert torch.equal(whole, ops.accumulate(codes[:, order], weights[:, order]))
+    split = [
+        ops.accumulate(a, b) for a, b in zip(codes.tensor_split(parts, 1), weights.tensor_split(parts, 1))
+    ]
+    assert torch.equal(whole, torch.stack(split).sum(0))
+    assert [sum(int(a) * int(b) for a, b in zip(codes[0], row)) for row in weights] == whole[0].tolist()

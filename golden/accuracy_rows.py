@@ -127,8 +127,8 @@ POLICIES = (
     "lambda-limit:4+256", "lambda-cache:4+256", "lambda-limit:4+1024",
     "sparq:16,0.125", "sparf:16,0.125", "sparf:32,0.125",
 )  # fmt: skip
-DRIVE_POLICIES = ("dense", "sparf:16,0.125", "sparq:16,0.125", "lambda-cache:4+128")
-"""Of the in-storage unit's binary16 attention (the last two without RTL), in numpy: at the shortest context."""
+DRIVE_POLICIES = ("dense", "sparf:16,0.125")
+"""Of the in-storage unit's binary16 attention as RTL has it, in numpy: at the shortest context."""
 SOFTWARE_FORMS = (
     ("kivi4", "dense"), ("kivi2", "dense"), ("kv4", "sparq:16,0.125"), ("kivi4", "sparq:16,0.125"),
     ("kv4", "lambda-cache:4+128"),

@@ -19,10 +19,10 @@ from hw.storage.nfc.front import READ, READ_QUEUE
 from hw.storage.nfc.layouts import DESCRIPTOR, layout_of
 from hw.storage.nfc.order import PageOrder
 from hw.storage.normalise import Normaliser
-from hw.storage.passes import ROW, SLOTS, AllPages, ChannelPass, Requester, SelectedPages, TokenPass
+from hw.storage.passes import AHEAD, ROW, SLOTS, AllPages, ChannelPass, Requester, SelectedPages, TokenPass
 from hw.storage.query import QueryUnit
 from hw.storage.topk.unit import TopK
-from hw.storage.unit import AHEAD, ELEMENTS, KERNELS
+from hw.storage.unit import ELEMENTS, KERNELS
 
 FAMILY = "xc7"
 OUTSTANDING = 64

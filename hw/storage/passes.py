@@ -27,6 +27,9 @@ from hw.storage.nfc.layouts import layout_of
 
 SLOTS = 8
 """Jobs in the unit at once: enough to hide the array time of both rounds of SparF behind other jobs' pages."""
+AHEAD = 4
+"""Approximate passes that may be asked for before the selection of the first has been: their pages stand in front of
+the selected ones in the channels, so there must be room for all their selections."""
 
 LEDGER = data.StructLayout(
     {

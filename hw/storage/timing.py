@@ -1,4 +1,5 @@
-"""Closed-form cycle counts of a kernel, held against the RTL by tests/rtl/test_storage_kernel.py; a batch: `batch`.
+"""Closed-form cycle counts of a kernel, held against the RTL by tests/rtl/test_storage_kernel.py, and the times
+that the recurrences of a batch start from (`golden.storage.batch`).
 
 Cycles are counted from the cycle in which the first beat is accepted to the cycle in which the last output is
 valid, both included, with nothing outside the block stalling.
@@ -9,11 +10,16 @@ from math import ceil
 from golden.spec.storage import (
     BEAT_ELEMENTS,
     GROUP_TOKENS,
+    PAGE_BEATS,
     check_head_size,
 )
 from hw.storage import normalise
-from hw.storage.lane import P_STORE_LATENCY, TOTAL_TIME, score_time
+from hw.storage.lane import APPROXIMATE_SCORE_TIME, LANES_TIME, P_STORE_LATENCY, TOTAL_TIME, score_time
+from hw.storage.nfc.filter import RING_PAGES, PageFilter
+from hw.storage.nfc.ring import MARGIN
+from hw.storage.passes import AHEAD, SLOTS
 from hw.storage.softmax import SoftmaxLane
+from hw.storage.topk.timing import first_row_cycles
 
 RESET_CYCLES = 128
 """For how long a reset is held: pipeline registers have none and run empty meanwhile, a score's in 100."""
@@ -48,3 +54,34 @@ def kernel_head(tokens: int, head_size: int, queries: int) -> int:
         if group:
             now = max(now, scored[group - 1]) + head_size
     return now - 1 + TOTAL_TIME + 1 + normalise.cycles(queries, head_size)
+
+
+def unit_times() -> dict[str, int]:
+    """Fields of `golden.storage.batch.UnitTimes`, for the default unit."""
+    scan, channel_scan = 1 << 8, 1 << 4  # entries of the histograms of argtopk and of the channels
+    return {
+        "slots": SLOTS,
+        "ahead": AHEAD,
+        "ring_beats": RING_PAGES * PAGE_BEATS - MARGIN,
+        "page_steps": 2,
+        # registers of maps, ledger and queues
+        "ask_steps": 20,
+        "filter": PageFilter.latency + 1,
+        # the sums settle, the selection is asked for
+        "drain": LANES_TIME + 6,
+        "settled": 16,
+        "score": APPROXIMATE_SCORE_TIME,
+        "probability_64": probability_latency(64),
+        "probability_128": probability_latency(128),
+        "total": TOTAL_TIME + 1,
+        "normalise_query": normalise.cycles(1, 0) - normalise.cycles(0, 0),
+        "normalise_fixed": normalise.cycles(0, 0),
+        # the sum's pipeline, and a quotient bit per cycle
+        "alpha": 60,
+        # a square root
+        "scale": 80,
+        "topk_scan": scan,
+        "topk_pass": first_row_cycles(0, 2) - first_row_cycles(0, 1) - scan,
+        "topk_fixed": first_row_cycles(0, 1) - scan,
+        "channel_scan": channel_scan,
+    }

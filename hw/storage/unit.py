@@ -37,7 +37,7 @@ from hw.storage.nfc.filter import RING_PAGES
 from hw.storage.nfc.front import FlashFront
 from hw.storage.nfc.layouts import CHANNEL, layout_of
 from hw.storage.normalise import STATE
-from hw.storage.passes import ROW, SLOTS, AllPages, ChannelPass, Requester, SelectedPages, TokenPass
+from hw.storage.passes import AHEAD, ROW, SLOTS, AllPages, ChannelPass, Requester, SelectedPages, TokenPass
 from hw.storage.query import SCALE, QueryUnit
 from hw.storage.topk.unit import TopK
 
@@ -46,9 +46,6 @@ JOB = layout_of(ATTEND)
 OUTPUT = data.StructLayout({"data": 16, "query": 3, "element": 7, "last": 1, "command_id": 16})
 ELEMENTS = data.ArrayLayout(16, BEAT_ELEMENTS)
 CONFIG_STATUS = data.StructLayout({"status": 8, "field": 8})
-AHEAD = 4
-"""Approximate passes that may be asked for before the selection of the first has been: their pages stand in front of
-the selected ones in the channels, so there must be room for all their selections."""
 _FIELD = {name: index for index, (name, _) in enumerate(ATTEND.fields)}
 _CONFIG_FIELD = {name: index for index, (name, _) in enumerate(CONFIG.fields)}
 

@@ -1,4 +1,4 @@
-"""What `hw.storage.batch` says of jobs on a cache: golden's selections and the cache's maps as pages in places."""
+"""What `golden.storage.batch` says of jobs on a cache: golden's selections and the cache's maps as pages in places."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import numpy as np
 
 from golden.spec.storage import GROUP_TOKENS, PPN, PageKind
 from golden.storage.attention import SparfTrace
+from golden.storage.batch import Batch, BatchJob, FlashTimes, Page, UnitTimes
 from golden.storage.layout import PageMark, channel_marks, filtered_beats, token_marks
-from hw.storage.batch import Batch, BatchJob, FlashTimes, Page
 from hw.storage.flash_model import FlashParams
 from hw.storage.nfc.timing import channel_cycles
+from hw.storage.timing import unit_times
 from hw.storage.topk.timing import digits_used
 from sw_stack.rtl.storage import Cache, Job
 
@@ -25,7 +26,28 @@ def expected_cycles(
     All pages are on flash; `parameters` are those of FlashParams.
     """
     p = FlashParams(**parameters)
-    times = FlashTimes(
+    batch = Batch(
+        unit_model(),
+        flash_times(**parameters),
+        head_size=cache.head_size,
+        channels=channels,
+        m=cache.m,
+        queries=len(jobs[0].q),
+    )
+    if not traces:
+        return batch.cycles([_dense(cache, job, p) for job in jobs])
+    return batch.cycles([_sparf(cache, job, trace, p) for job, trace in zip(jobs, traces, strict=True)])
+
+
+def unit_model() -> UnitTimes:
+    """What the recurrence starts from, as the hardware's own closed forms say."""
+    return UnitTimes(**unit_times())
+
+
+def flash_times(**parameters: int) -> FlashTimes:
+    """The flash of a recurrence; `parameters` are those of FlashParams."""
+    p = FlashParams(**parameters)
+    return FlashTimes(
         p.cycles(p.read_ns),
         p.cycles(p.command_ns),
         p.cycles(p.ecc_ns),
@@ -33,10 +55,6 @@ def expected_cycles(
         cache_read=p.cache_read,
         queue=p.queue,
     )
-    batch = Batch(cache.head_size, times, channels=channels, m=cache.m, queries=len(jobs[0].q))
-    if not traces:
-        return batch.cycles([_dense(cache, job, p) for job in jobs])
-    return batch.cycles([_sparf(cache, job, trace, p) for job, trace in zip(jobs, traces, strict=True)])
 
 
 def _page(cache: Cache, job: Job, mark: PageMark, params: FlashParams) -> Page:

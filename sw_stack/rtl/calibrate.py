@@ -3,7 +3,10 @@ the recurrences that tests hold against such runs where the table says so.
 
 A table is {"spec_version", "block", "config", "clock_mhz", "rows"} and "method" if it is not the RTL itself; a row
 holds name, shape, cycles, bound_cycles (what the block's ports or the flash channels allow) and bytes. Cycles are
-deterministic, so that a test can run a row again and demand equality.
+deterministic, so that a test can run a row again and demand equality. The in-storage unit's table of SparF also holds
+"times", the cycles of its blocks (`golden.storage.batch.UnitTimes`): with them the system model runs the recurrence
+that tests hold to the RTL, so its rows say beside the RTL's cycles what the recurrence gives for the same pages
+(recurrence_cycles) and for pages drawn for the shape (typical_cycles, `golden.storage.batch_shapes`).
 """
 
 from __future__ import annotations
@@ -31,6 +34,8 @@ class Table:
     """Engine configurations whose RTL check measures this table again; the others would build it for that alone."""
     method: str = ""
     """How the cycles came about, where not by running the RTL."""
+    times: Callable[[], dict[str, int]] | None = None
+    """The times of the block's parts, where a recurrence starts from them."""
 
     @property
     def path(self) -> Path:
@@ -45,7 +50,8 @@ class Table:
             rows.append(row)
         header = {"spec_version": SPEC_VERSION, "block": self.block, "config": self.config}
         method = {"method": self.method} if self.method else {}
-        return {**header, "clock_mhz": self.clock_mhz, **method, "rows": rows}
+        times = {"times": self.times()} if self.times else {}
+        return {**header, "clock_mhz": self.clock_mhz, **method, **times, "rows": rows}
 
 
 MATRIX_SHAPES = (
@@ -133,33 +139,53 @@ def _unit_rows() -> Iterable[dict[str, Any]]:
 
 
 SPARF_SHAPES = (
-    (2, 512, True),
-    (16, 512, True),
-    (16, 2048, True),
-    (16, 4096, True),
-    (16, 2048, False),
-    (16, 4096, False),
+    (2, 512, True, READ_NS),
+    (16, 512, True, READ_NS),
+    (16, 2048, True, READ_NS),
+    (16, 4096, True, READ_NS),
+    (16, 2048, False, READ_NS),
+    (16, 4096, False, READ_NS),
 )
-"""Heads, tokens, and whether the selected tokens lie in runs; r = 16 of 128 channels, one token in eight."""
+"""Heads, tokens, whether the selected tokens lie in runs, and tR; r = 16 of 128 channels, one token in eight."""
 
 
 def _sparf_rows() -> Iterable[dict[str, Any]]:
     import numpy as np
 
+    from golden.storage.batch_shapes import Shape, batch_cycles
     from sw_stack.rtl import selections
     from sw_stack.rtl.attention import KernelConfig
+    from sw_stack.rtl.batch_cycles import expected_cycles, flash_times, unit_model
     from sw_stack.rtl.storage import UnitConfig, run
 
     random = np.random.default_rng(1)
     rate = KernelConfig().flash_bytes_per_cycle
-    for heads, tokens, clustered in SPARF_SHAPES:
+    for heads, tokens, clustered, read_ns in SPARF_SHAPES:
         batch = selections.batch(random, heads, tokens, clustered=clustered)
-        result = run(batch.cache, batch.jobs, UnitConfig(), read_ns=READ_NS)
+        cycles = run(batch.cache, batch.jobs, UnitConfig(), read_ns=read_ns).cycles
+        followed = expected_cycles(batch.cache, batch.jobs, batch.traces, channels=8, read_ns=read_ns)
+        job = batch.jobs[0]
+        drawn = Shape(
+            tokens,
+            r=job.r,
+            k=job.k,
+            m=batch.cache.m,
+            window=job.window,
+            run_tokens=selections.RUN_TOKENS if clustered else 0,
+        )
         kind = "clustered" if clustered else "random"
         yield {
-            "name": f"SparF {kind}, {heads} heads, {tokens} tokens x {selections.HEAD_SIZE}",
+            "name": f"SparF {kind}, {heads} heads, {tokens} tokens x {selections.HEAD_SIZE}, tR {read_ns / 1000:g} us",
             "shape": [heads, tokens, selections.HEAD_SIZE],
-            "cycles": result.cycles,
+            "r": drawn.r,
+            "k": drawn.k,
+            "m": drawn.m,
+            "window": drawn.window,
+            "run_tokens": drawn.run_tokens,
+            "read_ns": read_ns,
+            "cycles": cycles,
+            "recurrence_cycles": round(followed),
+            "typical_cycles": round(batch_cycles(drawn, heads, unit_model(), flash_times(read_ns=read_ns))),
             "bound_cycles": batch.page_bytes / rate,
             "bytes": batch.page_bytes,
             "commands": heads,
@@ -211,12 +237,18 @@ def _layer_rows() -> Iterable[dict[str, Any]]:
                 }
 
 
+def _unit_times() -> dict[str, int]:
+    from hw.storage.timing import unit_times
+
+    return unit_times()
+
+
 TABLES: tuple[Table, ...] = (
     Table("engine_layer", "u280", 225.0, _layer_rows, engines=(), method=HELD_TO_RTL),
     Table("mv_core", "small", 225.0, _matrix_rows, engines=("small",)),
     Table("attention_head", "one-kernel", 285.0, _head_rows),
     Table("storage_unit", "8-channels", 285.0, _unit_rows, engines=()),
-    Table("storage_unit_sparf", "8-channels", 285.0, _sparf_rows, engines=()),
+    Table("storage_unit_sparf", "8-channels", 285.0, _sparf_rows, engines=(), times=_unit_times),
 )
 
 

@@ -3,11 +3,10 @@
 import numpy as np
 import pytest
 
-from golden.storage import attention
+from golden.storage import attention, batch
 from golden.storage.layout import Geometry
-from hw.storage import batch, unit
 from sw_stack.rtl import selections
-from sw_stack.rtl.batch_cycles import expected_cycles
+from sw_stack.rtl.batch_cycles import expected_cycles, flash_times, unit_model
 from sw_stack.rtl.storage import Cache, Job, UnitConfig, run
 
 pytestmark = pytest.mark.rtl
@@ -88,9 +87,7 @@ def test_scattered_selections_on_slow_flash_are_within_the_documented_miss(read_
     check(*made, DRIVE, tolerance=tolerance, read_ns=read_ns)
 
 
-def test_the_closed_form_knows_the_units_limits():
-    assert batch.AHEAD == unit.AHEAD
+def test_the_closed_form_refuses_mixed_batches():
+    jobs = [batch.BatchJob(16, []), batch.BatchJob(16, [], [[]])]
     with pytest.raises(ValueError, match="all dense or all SparF"):
-        batch.Batch(64, batch.FlashTimes(1, 1, 1, 1.0), channels=1).cycles(
-            [batch.BatchJob(16, []), batch.BatchJob(16, [], [[]])]
-        )
+        batch.Batch(unit_model(), flash_times(), head_size=64, channels=1).cycles(jobs)

@@ -1,5 +1,8 @@
 """Cycles of a batch through the in-storage unit, page by page; held to the RTL by tests/rtl/test_storage_cycles.py.
 
+The blocks' own times come as `UnitTimes`: from the hardware's closed forms (`hw.storage.timing.unit_times`), or from
+the table that `kvstrata calibrate` writes, so that the system model computes the same batches.
+
 A page is wanted, sensed by its array, moved by its channel and consumed by its kernel. Channels and kernels take
 pages in the order of asking, so each of these times follows from those of earlier pages, and one pass over the pages
 gives the time of the batch. Nothing is fitted: blocks take what their closed forms say, pages lie where the caller
@@ -10,27 +13,63 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from golden.spec.storage import BEAT_ELEMENTS, GROUP_TOKENS, PAGE_BEATS, tokens_per_channel_page
-from hw.storage import normalise
-from hw.storage.lane import APPROXIMATE_SCORE_TIME, LANES_TIME, TOTAL_TIME
-from hw.storage.nfc.filter import RING_PAGES, PageFilter
-from hw.storage.nfc.ring import MARGIN
-from hw.storage.passes import SLOTS
-from hw.storage.timing import probability_latency
-from hw.storage.topk.timing import first_row_cycles
+from golden.spec.storage import BEAT_ELEMENTS, GROUP_TOKENS, tokens_per_channel_page
 
-AHEAD = 4
-"""`hw.storage.unit.AHEAD`, which imports far more than a closed form needs; a test holds them equal."""
-PAGE_STEPS = 2
-"""Cycles of a feeder between two pages."""
-ASK_STEPS = 20
-"""Registers of maps, ledger and queues between a page that a pass wants and its command."""
-DRAIN_STEPS = LANES_TIME + 6
-"""From a block's last beat to its first score: the sums settle, the selection is asked for."""
-SETTLED = 16
-"""Cycles of quiet after which an approximate pass counts as over."""
-ALPHA_STEPS = 60
-"""From the last selected token to one query's alpha: the sum's pipeline, and a quotient bit per cycle."""
+
+@dataclass(frozen=True)
+class UnitTimes:
+    """Cycles of the unit's blocks, and what it holds at once."""
+
+    slots: int
+    """Jobs in the unit."""
+    ahead: int
+    """Approximate passes that may be asked for before the selection of the first has been."""
+    ring_beats: int
+    """Filtered beats that a channel's ring holds."""
+    page_steps: int
+    """Of a feeder, between two pages."""
+    ask_steps: int
+    """Between a page that a pass wants and its command."""
+    filter: int
+    """From a page's last raw beat to its first filtered one."""
+    drain: int
+    """From a block's last beat to its first score."""
+    settled: int
+    """Of quiet, after which an approximate pass counts as over."""
+    score: int
+    """From a token's turn to its key."""
+    probability_64: int
+    """From a K block's last beat to the V beat that may follow, head size 64."""
+    probability_128: int
+    total: int
+    """From a head's last V beat to its sums."""
+    normalise_query: int
+    """Beside an element per cycle."""
+    normalise_fixed: int
+    alpha: int
+    """From the last selected token to one query's alpha."""
+    scale: int
+    """Of one query's scale."""
+    topk_scan: int
+    """Of argtopk: one walk over the histogram."""
+    topk_pass: int
+    """Beside a row of keys per cycle: one pass over the keys."""
+    topk_fixed: int
+    channel_scan: int
+    """The same for the selection of channels."""
+
+    def probability(self, head_size: int) -> int:
+        """From a K block's last beat to the V beat that may follow."""
+        return self.probability_128 if head_size == 128 else self.probability_64
+
+    def normalise(self, queries: int, head_size: int) -> int:
+        """From a head's sums to its last output."""
+        return queries * (self.normalise_query + head_size) + self.normalise_fixed
+
+    def select(self, count: int, digits: int, scan: int) -> int:
+        """From the last of `count` keys to the first row of marks."""
+        rows = -(-count // GROUP_TOKENS)
+        return digits * scan + (digits - 1) * (rows + self.topk_pass) + self.topk_fixed
 
 
 class Page(NamedTuple):
@@ -91,7 +130,17 @@ Pass = Generator[float, float, None]
 class Batch:
     """Times of a batch of jobs of one shape; `cycles` may be called once."""
 
-    def __init__(self, head_size: int, flash: FlashTimes, *, channels: int, m: int = 2, queries: int = 1):
+    def __init__(
+        self,
+        times: UnitTimes,
+        flash: FlashTimes,
+        *,
+        head_size: int,
+        channels: int,
+        m: int = 2,
+        queries: int = 1,
+    ):
+        self._times = times
         self._head_size, self._flash, self._queries = head_size, flash, queries
         self._span, self._groups = tokens_per_channel_page(m), head_size // m
         self._channels = [_Channel() for _ in range(channels)]
@@ -100,7 +149,9 @@ class Batch:
         self._selecting = 0.0  # until when argtopk is taken
         self._wanted: dict[int, list[float]] = {}  # per job: its pages of the exact pass
         self._weighed: dict[int, float] = {}
-        self._prepared = ASK_STEPS + flash.answer  # of the latest job: its command, operands and channels
+        self._prepared: float = (
+            times.ask_steps + flash.answer
+        )  # of the latest job: its command, operands and channels
         self._ready: dict[int, float] = {}  # when each may ask for its first page
         self._asked: dict[int, float] = {}  # first page of the exact pass
         self._completed: dict[int, float] = {}
@@ -121,11 +172,11 @@ class Batch:
         c.done = max(c.done, start + f.read + f.ecc, self._room(c, page)) + f.page
         before.append(c.done)
         c.moved.append(c.done)
-        return c.done + PageFilter.latency + 1
+        return c.done + self._times.filter
 
     def _room(self, channel: _Channel, page: Page) -> float:
         """When the channel's ring has room for the page."""
-        used = page.beats - (RING_PAGES * PAGE_BEATS - MARGIN)
+        used = page.beats - self._times.ring_beats
         for consumed, beats in reversed(channel.held):
             used += beats
             if used > 0:
@@ -136,7 +187,7 @@ class Batch:
     def _consume(self, kernel: int, page: Page, whole: float, after: float = 0.0) -> float:
         """When the kernel has taken the page's last beat."""
         held = self._channels[page.channel].held  # a ring gives its pages in order, whosever they are
-        begin = max(self._kernel[kernel] + PAGE_STEPS, whole, after, held[-1][0] if held else 0.0)
+        begin = max(self._kernel[kernel] + self._times.page_steps, whole, after, held[-1][0] if held else 0.0)
         self._kernel[kernel] = begin + page.beats
         held.append((begin + page.beats, page.beats))
         return begin + page.beats
@@ -158,12 +209,12 @@ class Batch:
                     start = max(self._kernel[kernel], self._weighed.get(number, 0.0), wanted[0])
                     self._kernel[kernel] = start + load
                 end = self._consume(kernel, job.exact[index][1], whole)
-                scored.append(end + probability_latency(self._head_size))
+                scored.append(end + self._times.probability(self._head_size))
             if index:
                 value = job.exact[index - 1][2]
                 at = yield max(wanted[min(index, len(wanted) - 1)], at + 1)
                 self._consume(kernel, value, self._move(value, at), scored[index - 1])
-        self._kernel[kernel] += TOTAL_TIME + 1 + normalise.cycles(self._queries, self._head_size)
+        self._kernel[kernel] += self._times.total + self._times.normalise(self._queries, self._head_size)
         self._completed[number] = self._kernel[kernel]
 
     def _approximate(self, number: int, job: BatchJob) -> Pass:
@@ -178,21 +229,22 @@ class Batch:
                 self._consume(0, page, self._move(page, at))
             asked = self._kernel[0] if index else max(self._kernel[0], self._selecting)
             groups = -(-min(left, self._span) // GROUP_TOKENS)
-            self._kernel[0] = asked + DRAIN_STEPS + GROUP_TOKENS * groups
+            self._kernel[0] = asked + self._times.drain + GROUP_TOKENS * groups
             left -= self._span
-        last_key = self._kernel[0] + APPROXIMATE_SCORE_TIME
-        self._kernel[0] += probability_latency(self._head_size) + SETTLED
-        self._select(number, job, max(last_key + first_row_cycles(job.tokens, job.digits), self._kernel[0]))
+        t = self._times
+        first_row = self._kernel[0] + t.score + t.select(job.tokens, job.digits, t.topk_scan)
+        self._kernel[0] += t.probability(self._head_size) + t.settled
+        self._select(number, job, max(first_row, self._kernel[0]))
 
     def _select(self, number: int, job: BatchJob, at: float) -> None:
         """Rows of marks from `at` on, each as long as its selected tokens take; the pages they want, and alpha."""
         rows = []
         for tokens in job.rows:
-            rows.append(at + ASK_STEPS + self._flash.answer)
+            rows.append(at + self._times.ask_steps + self._flash.answer)
             at += 1 + tokens
         groups = 128 // self._head_size
         self._wanted[number] = [rows[min(len(rows), (page + 1) * groups) - 1] for page, _, _ in job.exact]
-        self._weighed[number] = self._selecting = at + ALPHA_STEPS * self._queries
+        self._weighed[number] = self._selecting = at + self._times.alpha * self._queries
 
     # --- the batch
     def cycles(self, jobs: Sequence[BatchJob]) -> float:
@@ -239,15 +291,21 @@ class Batch:
             return number in self._wanted
         if number and number - 1 not in self._ready:
             return False
-        slot, asked = self._completed.get(number - SLOTS), self._asked.get(number - AHEAD)
-        if (number >= SLOTS and slot is None) or (approximate and number >= AHEAD and asked is None):
+        slot, asked = (
+            self._completed.get(number - self._times.slots),
+            self._asked.get(number - self._times.ahead),
+        )
+        if (number >= self._times.slots and slot is None) or (
+            approximate and number >= self._times.ahead and asked is None
+        ):
             return False
         operands = self._head_size // BEAT_ELEMENTS * (self._queries + sparse)
-        self._prepared = max(self._prepared, slot or 0.0) + 2 + operands + (self._prepare() if sparse else 0)
+        prepare = self._prepare() if sparse else 0
+        self._prepared = max(self._prepared, slot or 0.0) + 2 + operands + prepare
         self._ready[number] = max(self._prepared, asked or 0.0)
         return True
 
     def _prepare(self) -> int:
         """Channels and scale of a job: two walks over q, the selection, and a square root per query."""
-        walk = self._queries * self._head_size
-        return 2 * walk + first_row_cycles(self._head_size, 2, digit_bits=4) + 80 * self._queries
+        walk, times = self._queries * self._head_size, self._times
+        return 2 * walk + times.select(self._head_size, 2, times.channel_scan) + times.scale * self._queries

@@ -34,6 +34,8 @@ PAGE_BEATS = PAGE_ELEMENTS // BEAT_ELEMENTS
 MASK_BITS = 32
 """Marks of one page: bit i is token i of a token page (16 or 32 tokens) or channel i of a channel page (m)."""
 TAG_BITS = 8
+SLOT_BITS = 4
+"""Names of pages that a channel may send: up to 16 for each kernel."""
 MAX_TOKENS = 1 << 17
 """Longest sequence of the formats; a configuration of the unit may hold less."""
 TOKEN_BITS = 17
@@ -130,6 +132,10 @@ class Record:
 PPN = Record("ppn", (("page", 10), ("block", 12), ("plane", 2), ("die", 4), ("channel", 4)))
 """Physical page number: 32 bits, as the flash-side interface and the L2P maps store it."""
 
+FLASH_READ = Record("flash_read", (("ppn", 32), ("kernel", 1)))
+"""A page for a channel to sense. It moves once it is granted: grants name the reads of a kernel in their order by a
+slot, and the channel sends whichever granted page is ready."""
+
 PAGE_DESCRIPTOR = Record(
     "page_descriptor",
     (("ppn", 32), ("mapped", 1), ("dram", 1)),
@@ -155,12 +161,21 @@ FILTER_DESCRIPTOR = Record(
     "filter_descriptor",
     (("kind", 2), ("wide_head", 1), ("m_log2", 2), ("mask", MASK_BITS), ("tag", TAG_BITS)),
 )
-"""One per page, in the order in which the pages stream from a channel. `wide_head`: head size 128, else 64."""
+"""One per page, in the order of a kernel's reads of a channel. `wide_head`: head size 128, else 64."""
 
 CHANNEL_BEAT = Record(
-    "channel_beat", (("data", 8 * CHANNEL_BEAT_BYTES), ("first", 1), ("last", 1), ("fail", 1))
+    "channel_beat",
+    (
+        ("data", 8 * CHANNEL_BEAT_BYTES),
+        ("first", 1),
+        ("last", 1),
+        ("fail", 1),
+        ("slot", SLOT_BITS),
+        ("kernel", 1),
+    ),
 )
-"""A beat of a raw page after ECC. `fail` counts at `last` alone: the page is uncorrectable after all retries."""
+"""A beat of a raw page after ECC; pages move whole. `fail` counts at `last` alone: the page is uncorrectable after all
+retries. `slot` and `kernel` are those of the page's grant."""
 
 PAGE_BEAT = Record(
     "page_beat",
@@ -181,8 +196,8 @@ PAGE_BEAT = Record(
 - K_CHANNEL: rows of the marked channels only, ascending, PAGE_ELEMENTS / m / 16 beats each.
 - A page whose mask is 0 produces nothing. A page that fails produces one beat: first, last and fail set, data 0.
 
-A page is offered once it is complete, so its beats follow each other without a bubble; pages of one channel keep
-the order of their descriptors."""
+A page is offered once it is complete, so its beats follow each other without a bubble; a kernel's pages of one channel
+keep the order of their descriptors."""
 
 TOPK_SCORE = Record("topk_score", (("index", TOKEN_BITS), ("key", 32), ("forced", 1), ("last", 1)))
 """One candidate of argtopk. `key`: signed; `forced`: selected whatever its key (local window)."""

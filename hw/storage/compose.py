@@ -7,7 +7,7 @@ sequencer's tables and state machines and the control of each kernel, and wiring
 from dataclasses import replace
 from functools import cache, partial
 
-from golden.spec.storage import BEAT_ELEMENTS, GROUP_TOKENS, PPN
+from golden.spec.storage import BEAT_ELEMENTS, GROUP_TOKENS
 from hw.flow.synth import Part, Resources, resources
 from hw.lib.streams import StreamFIFO
 from hw.storage.approximate import AlphaUnit
@@ -15,8 +15,8 @@ from hw.storage.feeder import Feeder
 from hw.storage.fp import Unpack16
 from hw.storage.lane import QueryLane
 from hw.storage.nfc.filter import PageFilter
-from hw.storage.nfc.front import READ, READ_QUEUE
-from hw.storage.nfc.layouts import DESCRIPTOR, layout_of
+from hw.storage.nfc.front import OUTSTANDING, READ, READ_QUEUE, PageSize
+from hw.storage.nfc.layouts import COMMAND, DESCRIPTOR
 from hw.storage.nfc.order import PageOrder
 from hw.storage.normalise import Normaliser
 from hw.storage.passes import AHEAD, ROW, SLOTS, AllPages, ChannelPass, Requester, SelectedPages, TokenPass
@@ -25,8 +25,6 @@ from hw.storage.topk.unit import TopK
 from hw.storage.unit import ELEMENTS, KERNELS
 
 FAMILY = "xc7"
-OUTSTANDING = 64
-"""Descriptors of a channel that may be under way."""
 ALPHA_TOKENS = 4096
 """Tokens at which the alpha unit is synthesised: its memories alone grow with them, and at 32,768 synthesis takes most
 of an hour."""
@@ -50,11 +48,12 @@ def parts(lanes: int = 4, channels: int = 8, max_tokens: int = 32768) -> list[Pa
         Part("selected rows", 1, partial(StreamFIFO, ROW, rows, kind="block")),
         Part("argtopk", 1, partial(TopK, max_tokens, lanes=GROUP_TOKENS, in_lanes=1)),
         Part("page filter", ports, partial(PageFilter)),
-        Part("page order", 1, partial(PageOrder, ports, 2)),
+        Part("page order", 2, partial(PageOrder, ports)),
+        Part("page sizes", 1, partial(PageSize)),
         Part("order queue", 2, partial(StreamFIFO, range(ports), ports * OUTSTANDING, kind="block")),
         Part("read queue", 2, partial(StreamFIFO, READ, READ_QUEUE, kind="block")),
-        Part("descriptors", ports, partial(StreamFIFO, DESCRIPTOR, OUTSTANDING)),
-        Part("commands", ports, partial(StreamFIFO, layout_of(PPN), OUTSTANDING)),
+        Part("descriptors", 2 * ports, partial(StreamFIFO, DESCRIPTOR, OUTSTANDING)),
+        Part("commands", ports, partial(StreamFIFO, COMMAND, OUTSTANDING)),
     ]
 
 
@@ -71,7 +70,15 @@ def compose(lanes: int = 4, channels: int = 8, max_tokens: int = 32768) -> dict[
 
 GROUPS = {
     "argtopk": ("argtopk",),
-    "NFC": ("page filter", "page order", "order queue", "read queue", "descriptors", "commands"),
+    "NFC": (
+        "page filter",
+        "page order",
+        "page sizes",
+        "order queue",
+        "read queue",
+        "descriptors",
+        "commands",
+    ),
 }
 """Rows of the published table and our blocks that do their work; all others are the attention kernels'."""
 

@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <cstring>
 #include <deque>
+#include <list>
 #include <stdexcept>
 #include <string>
 #include <unordered_map>
@@ -102,30 +103,37 @@ class FlashImage {
 struct FlashBeat {
   uint64_t data;
   bool first, last, fail;
+  unsigned slot, kernel;
 };
 
-// One channel. Per clock cycle: read `command_ready`, `valid` and `beat`, drive the unit with them, then `tick`.
+// One channel. Per clock cycle: read `command_ready`, `valid` and `beat`, drive the unit with them, `grant` what the unit
+// grants, then `tick`.
 class FlashChannel {
  public:
   FlashChannel(const FlashParams& params, const FlashImage& image)
       : p_(params), image_(image), cost_(kBeatBytes * params.clock_mhz), arrays_(params.arrays()) {}
 
   bool command_ready() const { return reads_.size() < size_t(p_.queue); }
-  bool valid() const { return sending() && credit_ >= cost_; }
+  bool valid() const { return sending_ && credit_ >= cost_; }
   FlashBeat beat() const {
-    const Read& read = reads_.front();
+    const Read& read = *sending_;
     uint64_t word = image_.word(read.ppn, sent_);
     if (read.fail) word ^= page_hash(p_.seed, read.ppn, 4 + sent_);
     const bool last = sent_ == kPageBeats - 1;
-    return {word, sent_ == 0, last, read.fail && last};
+    return {word, sent_ == 0, last, read.fail && last, unsigned(read.slot), read.kernel};
   }
-  // One clock edge: whether a command moved, with its page, and whether the unit was ready for the beat.
-  void tick(bool commanded, uint32_t ppn, bool ready) {
-    const bool taken = ready && valid();
-    if (sending()) credit_ = std::min(credit_ - taken * cost_ + p_.channel_mb_per_s, 2 * cost_ - 1);
+  // In this cycle the oldest page of `kernel` without a name may be sent as `slot`.
+  void grant(unsigned kernel, unsigned slot) { granted_.push_back({kernel, slot}); }
+  // One clock edge: whether a command moved, with its page and kernel.
+  void tick(bool commanded, uint32_t ppn, unsigned kernel) {
+    const bool taken = valid();
+    if (sending_) credit_ = std::min(credit_ - taken * cost_ + p_.channel_mb_per_s, 2 * cost_ - 1);
     if (taken && ++sent_ == kPageBeats) finish();
-    if (commanded) accept(ppn);
+    if (commanded) accept(ppn, kernel);
+    for (const auto& [who, slot] : granted_) grants_[who].push_back(slot), name(who);
+    granted_.clear();
     now_++;
+    if (!sending_) choose();
   }
   uint64_t delivered() const { return delivered_; }
   bool idle() const { return reads_.empty(); }
@@ -133,33 +141,48 @@ class FlashChannel {
  private:
   struct Read {
     uint32_t ppn;
+    unsigned kernel;
     long array, retries;
     bool fail;
-    long ready_at;
+    long slot = -1, ready_at = -1;
   };
   struct Array {
-    std::deque<uint64_t> waiting;  // serial numbers of reads
+    std::deque<Read*> waiting;
     long sensed_at = 0, holding = 0;
   };
 
-  bool sending() const { return !reads_.empty() && reads_.front().ready_at >= 0 && reads_.front().ready_at <= now_; }
-  void accept(uint32_t ppn) {
+  void accept(uint32_t ppn, unsigned kernel) {
     const long die = ppn_die(ppn) % p_.dies, plane = ppn_plane(ppn) % p_.planes;
-    Read read{ppn, p_.independent_planes ? die * p_.planes + plane : die, 0, false, -1};
+    Read read{ppn, kernel, p_.independent_planes ? die * p_.planes + plane : die, 0, false};
     if (image_.fails(ppn) || long(page_hash(p_.seed, ppn, 1) % 1000000) < p_.fail_per_million) {
       read.retries = p_.retry_max;
       read.fail = true;
     } else if (p_.retry_max && long(page_hash(p_.seed, ppn, 2) % 1000000) < p_.retry_per_million) {
       read.retries = 1 + long(page_hash(p_.seed, ppn, 3) % uint64_t(p_.retry_max));
     }
-    arrays_[read.array].waiting.push_back(first_ + reads_.size());
     reads_.push_back(read);
+    arrays_[read.array].waiting.push_back(&reads_.back());
+    nameless_[kernel].push_back(&reads_.back());
+    name(kernel);
     start(read.array);
+  }
+  void name(unsigned kernel) {
+    if (nameless_[kernel].empty() || grants_[kernel].empty()) return;
+    nameless_[kernel].front()->slot = grants_[kernel].front();
+    nameless_[kernel].pop_front();
+    grants_[kernel].pop_front();
+  }
+  void choose() {
+    for (Read& read : reads_)
+      if (read.slot >= 0 && read.ready_at >= 0 && read.ready_at <= now_) {
+        sending_ = &read;
+        return;
+      }
   }
   void start(long index) {
     Array& array = arrays_[index];
     while (!array.waiting.empty() && array.holding <= p_.cache_read) {
-      Read& read = reads_[array.waiting.front() - first_];
+      Read& read = *array.waiting.front();
       array.waiting.pop_front();
       const long begin = std::max(now_ + p_.cycles(p_.command_ns), array.sensed_at);
       array.sensed_at = begin + p_.cycles(p_.read_ns) * (1 + read.retries);
@@ -168,9 +191,10 @@ class FlashChannel {
     }
   }
   void finish() {
-    const long index = reads_.front().array;
-    reads_.pop_front();
-    first_++;
+    const Read* sent = sending_;
+    const long index = sent->array;
+    reads_.remove_if([sent](const Read& read) { return &read == sent; });
+    sending_ = nullptr;
     arrays_[index].holding--;
     sent_ = 0;
     delivered_++;
@@ -181,8 +205,12 @@ class FlashChannel {
   const FlashImage& image_;
   long cost_, now_ = 0, credit_ = 0;
   unsigned sent_ = 0;
-  uint64_t first_ = 0, delivered_ = 0;
-  std::deque<Read> reads_;
+  uint64_t delivered_ = 0;
+  std::list<Read> reads_;  // in order of their commands, until they have been sent
+  Read* sending_ = nullptr;
+  std::deque<Read*> nameless_[2];   // per kernel, without a grant
+  std::deque<unsigned> grants_[2];  // per kernel, without a read
+  std::vector<std::pair<unsigned, unsigned>> granted_;
   std::vector<Array> arrays_;
 };
 

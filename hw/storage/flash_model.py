@@ -1,14 +1,15 @@
 """Flash behind the unit, for simulation: one channel at the interface of its filter, cycle by cycle.
 
 `flash_model.h` is the same model in C++; both take the same parameters and give the same beats in the same cycles.
-A channel answers page reads in order. Each array (a die, or a plane of it) senses one page at a time; pages move
-over the channel's data bus at its rate. Commands travel on their own wires, as in separate command-address
-interfaces, so they delay a page but take no data time. Assumptions FLS-01 to FLS-09.
+Each array (a die, or a plane of it) senses one page at a time, in the order of its reads; pages move whole over the
+channel's data bus at its rate. The unit grants a kernel's pages in order; of the granted pages that are ready the
+channel sends the oldest. Commands and grants travel on wires of their own, as in separate command-address interfaces,
+so they delay a page but take no data time. Assumptions FLS-01 to FLS-09.
 """
 
 import struct
-from collections import deque
-from collections.abc import Mapping
+from collections import defaultdict, deque
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -116,15 +117,33 @@ class Beat(NamedTuple):
     first: int
     last: int
     fail: int
+    slot: int
+    kernel: int
 
 
-@dataclass
+class Command(NamedTuple):
+    """One `FLASH_READ`."""
+
+    ppn: int
+    kernel: int = 0
+
+
+class Grant(NamedTuple):
+    """The name under which a kernel's oldest page without one may be sent."""
+
+    slot: int
+    kernel: int = 0
+
+
+@dataclass(eq=False)
 class _Read:
     ppn: int
+    kernel: int
     array: int
     retries: int
     fail: bool
-    ready_at: int = -1
+    slot: int | None = None
+    ready_at: int | None = None
 
 
 class FlashChannel:
@@ -139,10 +158,13 @@ class FlashChannel:
         self.params, self._pages, self._failing = params, pages, failing
         self._cost = CHANNEL_BEAT_BYTES * params.clock_mhz
         self.now = 0
-        self._reads: deque[_Read] = deque()
+        self._reads: list[_Read] = []  # in order of their commands, until they have been sent
+        self._nameless: dict[int, deque[_Read]] = defaultdict(deque)  # per kernel, without a grant
+        self._grants: dict[int, deque[int]] = defaultdict(deque)  # per kernel, without a read
         self._waiting: list[deque[_Read]] = [deque() for _ in range(params.arrays)]
         self._sensed_at = [0] * params.arrays
         self._holding = [0] * params.arrays
+        self._sending: _Read | None = None
         self._credit = 0
         self._sent = 0
         self.delivered = 0
@@ -153,21 +175,22 @@ class FlashChannel:
         return len(self._reads) < self.params.queue
 
     def offer(self) -> Beat | None:
-        """The beat on the channel in this cycle, or None."""
-        if not self._reads or not 0 <= self._reads[0].ready_at <= self.now or self._credit < self._cost:
+        """The beat on the channel in this cycle, or None; the unit takes every one."""
+        read = self._sending
+        if read is None or self._credit < self._cost:
             return None
-        read, at = self._reads[0], self._sent * CHANNEL_BEAT_BYTES
+        at = self._sent * CHANNEL_BEAT_BYTES
         word = int.from_bytes(self._pages.get(read.ppn, ERASED)[at : at + CHANNEL_BEAT_BYTES], "little")
         if read.fail:
             word ^= page_hash(self.params.seed, read.ppn, 4 + self._sent)
         last = self._sent == PAGE_CHANNEL_BEATS - 1
-        return Beat(word, int(self._sent == 0), int(last), int(read.fail and last))
+        assert read.slot is not None
+        return Beat(word, int(self._sent == 0), int(last), int(read.fail and last), read.slot, read.kernel)
 
-    def tick(self, command: int | None, ready: bool) -> None:
-        """One clock edge: `command` is the PPN transferred, if any; `ready` is the unit's for the beat."""
-        taken = ready and self.offer() is not None
-        sending = bool(self._reads) and 0 <= self._reads[0].ready_at <= self.now
-        if sending:
+    def tick(self, command: Command | None, grants: Iterable[Grant] = ()) -> None:
+        """One clock edge: the command that is transferred, if any, and the grants given."""
+        taken = self.offer() is not None
+        if self._sending:
             self._credit -= self._cost * taken
             self._credit = min(self._credit + self.params.channel_mb_per_s, 2 * self._cost - 1)
         if taken:
@@ -176,17 +199,36 @@ class FlashChannel:
                 self._finish()
         if command is not None:
             self._accept(command)
+        for grant in grants:
+            self._grants[grant.kernel].append(grant.slot)
+            self._name(grant.kernel)
         self.now += 1
+        if self._sending is None:
+            self._choose()
 
-    def _accept(self, ppn: int) -> None:
-        array = self.params.array(ppn)
-        retries, fail = page_fault(self.params, ppn)
-        if ppn in self._failing:
+    def _accept(self, command: Command) -> None:
+        array = self.params.array(command.ppn)
+        retries, fail = page_fault(self.params, command.ppn)
+        if command.ppn in self._failing:
             retries, fail = self.params.retry_max, True
-        read = _Read(ppn, array, retries, fail)
+        read = _Read(command.ppn, command.kernel, array, retries, fail)
         self._reads.append(read)
         self._waiting[array].append(read)
+        self._nameless[command.kernel].append(read)
+        self._name(command.kernel)
         self._start(array)
+
+    def _name(self, kernel: int) -> None:
+        """Give the kernel's oldest page without a name the oldest grant, if there are both."""
+        if self._nameless[kernel] and self._grants[kernel]:
+            self._nameless[kernel].popleft().slot = self._grants[kernel].popleft()
+
+    def _choose(self) -> None:
+        """The oldest of the granted pages that are ready."""
+        ready = (
+            r for r in self._reads if r.slot is not None and r.ready_at is not None and r.ready_at <= self.now
+        )
+        self._sending = next(ready, None)
 
     def _start(self, array: int) -> None:
         """Start the array's next page if a register is free for it."""
@@ -199,7 +241,10 @@ class FlashChannel:
             self._holding[array] += 1
 
     def _finish(self) -> None:
-        read = self._reads.popleft()
+        read = self._sending
+        assert read is not None
+        self._reads.remove(read)
+        self._sending = None
         self._holding[read.array] -= 1
         self._sent = 0
         self.delivered += 1

@@ -27,6 +27,10 @@ from hw.storage.nfc.layouts import layout_of
 
 SLOTS = 8
 """Jobs in the unit at once: enough to hide the array time of both rounds of SparF behind other jobs' pages."""
+CHANNELS = 8
+"""Flash channels of the default unit."""
+ASKED_DEPTH = 64
+"""Pages that wait for the firmware's answers."""
 AHEAD = 4
 """Approximate passes that may be asked for before the selection of the first has been: their pages stand in front of
 the selected ones in the channels, so there must be room for all their selections."""
@@ -221,7 +225,7 @@ class Requester(wiring.Component):
     already has a status asks nobody. Group-buffer pages are read from the port behind the last flash channel.
     """
 
-    def __init__(self, channels: int, ledger_depth: int = 512, *, asked_depth: int = 64):
+    def __init__(self, channels: int, ledger_depth: int = 512, *, asked_depth: int = ASKED_DEPTH):
         self._channels, self._depth, self._asked_depth = channels, ledger_depth, asked_depth
         super().__init__(
             {

@@ -16,8 +16,9 @@ from golden.spec.storage import (
 from hw.storage import normalise
 from hw.storage.lane import APPROXIMATE_SCORE_TIME, LANES_TIME, P_STORE_LATENCY, TOTAL_TIME, score_time
 from hw.storage.nfc.filter import RING_PAGES, PageFilter
-from hw.storage.nfc.ring import MARGIN
-from hw.storage.passes import AHEAD, SLOTS
+from hw.storage.nfc.front import OUTSTANDING
+from hw.storage.nfc.layouts import SLOTS as PAGE_SLOTS
+from hw.storage.passes import AHEAD, ASKED_DEPTH, CHANNELS, SLOTS
 from hw.storage.softmax import SoftmaxLane
 from hw.storage.topk.timing import first_row_cycles
 
@@ -56,13 +57,18 @@ def kernel_head(tokens: int, head_size: int, queries: int) -> int:
     return now - 1 + TOTAL_TIME + 1 + normalise.cycles(queries, head_size)
 
 
-def unit_times() -> dict[str, int]:
-    """Fields of `golden.storage.batch.UnitTimes`, for the default unit."""
+def unit_times(channels: int = CHANNELS) -> dict[str, int]:
+    """Fields of `golden.storage.batch.UnitTimes`, for a unit of so many flash channels."""
     scan, channel_scan = 1 << 8, 1 << 4  # entries of the histograms of argtopk and of the channels
     return {
         "slots": SLOTS,
         "ahead": AHEAD,
-        "ring_beats": RING_PAGES * PAGE_BEATS - MARGIN,
+        "ring_beats": RING_PAGES * PAGE_BEATS,
+        "ring_slots": PAGE_SLOTS,
+        "pending": ASKED_DEPTH,
+        "ledger": (channels + 1) * OUTSTANDING,
+        "commands": OUTSTANDING,
+        "descriptors": OUTSTANDING,
         "page_steps": 2,
         # registers of maps, ledger and queues
         "ask_steps": 20,

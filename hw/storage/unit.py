@@ -23,7 +23,7 @@ from golden.spec.storage import (
     GROUP_TOKENS,
     PAGE_DESCRIPTOR,
     PAGE_REQUEST,
-    PPN,
+    SLOT_BITS,
     Mode,
     PageKind,
     Status,
@@ -34,10 +34,20 @@ from hw.storage.approximate import AlphaUnit
 from hw.storage.feeder import MEAN_ROW, Feeder
 from hw.storage.kernel import AttentionKernel, Op
 from hw.storage.nfc.filter import RING_PAGES
-from hw.storage.nfc.front import FlashFront
-from hw.storage.nfc.layouts import CHANNEL, layout_of
+from hw.storage.nfc.front import OUTSTANDING, FlashFront
+from hw.storage.nfc.layouts import CHANNEL, COMMAND, flow, layout_of
 from hw.storage.normalise import STATE
-from hw.storage.passes import AHEAD, ROW, SLOTS, AllPages, ChannelPass, Requester, SelectedPages, TokenPass
+from hw.storage.passes import (
+    AHEAD,
+    CHANNELS,
+    ROW,
+    SLOTS,
+    AllPages,
+    ChannelPass,
+    Requester,
+    SelectedPages,
+    TokenPass,
+)
 from hw.storage.query import SCALE, QueryUnit
 from hw.storage.topk.unit import TopK
 
@@ -58,7 +68,8 @@ class AttentionUnit(wiring.Component):
       bad field completes with that field's index; its operands are taken and dropped (none are, before a config).
     - `cancel`: every job in the unit completes, with ABORTED unless it was already past its last page.
     - `request`, `descriptor`: pages asked of the firmware's maps, and its answers in the same order.
-    - `flash`, `beat`: per flash channel, and last the DRAM group buffer: page to read, raw page.
+    - `flash`, `grant`, `beat`: per flash channel, and last the DRAM group buffer: page to sense; per kernel, the
+      name of the next page that may be sent (`FlashFront`); raw page.
     - `output`: per kernel, elements of whole heads; `completion`: one per command. `softmax`: per kernel, the state of
       the query whose element stands at `output` (golden.spec.storage.SOFTMAX_STATE).
     - `counters`: golden.spec.storage.COUNTERS.
@@ -66,11 +77,11 @@ class AttentionUnit(wiring.Component):
 
     def __init__(
         self,
-        channels: int = 8,
+        channels: int = CHANNELS,
         lanes: int = 4,
         *,
         max_tokens: int = 32768,
-        outstanding: int = 64,
+        outstanding: int = OUTSTANDING,
         ring_pages: int = RING_PAGES,
     ):
         self._channels = check_count("Flash channels", channels, 1)
@@ -88,8 +99,9 @@ class AttentionUnit(wiring.Component):
                 "cancel": In(1),
                 "request": Out(stream.Signature(layout_of(PAGE_REQUEST))),
                 "descriptor": In(stream.Signature(layout_of(PAGE_DESCRIPTOR))),
-                "flash": Out(stream.Signature(layout_of(PPN))).array(ports),
-                "beat": In(stream.Signature(CHANNEL)).array(ports),
+                "flash": Out(stream.Signature(COMMAND)).array(ports),
+                "grant": Out(flow(SLOT_BITS)).array(ports, KERNELS),
+                "beat": In(flow(CHANNEL)).array(ports),
                 "output": Out(stream.Signature(OUTPUT)).array(KERNELS),
                 "softmax": Out(STATE).array(KERNELS),
                 "completion": Out(stream.Signature(layout_of(COMPLETION))),
@@ -255,6 +267,8 @@ class AttentionUnit(wiring.Component):
         for channel in range(self._channels + 1):
             connect(m, front.command[channel], wiring.flipped(self.flash[channel]))
             connect(m, wiring.flipped(self.beat[channel]), front.beat[channel])
+            for kernel in range(KERNELS):
+                connect(m, front.grant[channel][kernel], wiring.flipped(self.grant[channel][kernel]))
         m.submodules.requester = self._requester = Requester(
             self._channels, ledger_depth=(self._channels + 1) * self._outstanding
         )

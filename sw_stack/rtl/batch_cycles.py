@@ -27,7 +27,7 @@ def expected_cycles(
     """
     p = FlashParams(**parameters)
     batch = Batch(
-        unit_model(),
+        unit_model(channels),
         flash_times(**parameters),
         head_size=cache.head_size,
         channels=channels,
@@ -39,9 +39,9 @@ def expected_cycles(
     return batch.cycles([_sparf(cache, job, trace, p) for job, trace in zip(jobs, traces, strict=True)])
 
 
-def unit_model() -> UnitTimes:
+def unit_model(channels: int = 8) -> UnitTimes:
     """What the recurrence starts from, as the hardware's own closed forms say."""
-    return UnitTimes(**unit_times())
+    return UnitTimes(**unit_times(channels))
 
 
 def flash_times(**parameters: int) -> FlashTimes:

@@ -170,25 +170,6 @@ class BatchRun:
     config_status: list[tuple[Status, int]]
     reads: dict[int, list[int]]
 
-    def flash_cycles(self, channels: int, **parameters: int) -> float:
-        """The least time in which channels that answer in order give these pages in this order (`FlashParams`)."""
-        from hw.storage.flash_model import FlashParams
-        from hw.storage.nfc.timing import channel_cycles, in_order_cycles
-
-        p = FlashParams(**parameters)
-        page = channel_cycles(1, clock_mhz=p.clock_mhz, channel_mb_per_s=p.channel_mb_per_s)
-        return max(
-            in_order_cycles(
-                [p.array(ppn) for ppn in self.reads.get(channel, [])],
-                read=p.cycles(p.read_ns),
-                command=p.cycles(p.command_ns),
-                ecc=p.cycles(p.ecc_ns),
-                page=page,
-                cache_read=p.cache_read,
-            )
-            for channel in range(channels)
-        )
-
 
 @lru_cache(maxsize=4)
 def unit_program(config: UnitConfig) -> Path:

@@ -10,7 +10,7 @@ from cocotb.triggers import RisingEdge
 
 from golden.spec.storage import PAGE_BEAT, PPN, PageKind
 from golden.storage.layout import AppendOrder, Geometry, place
-from hw.storage.flash_model import FlashChannel, FlashParams, page_fault
+from hw.storage.flash_model import Command, FlashChannel, FlashParams, Grant, page_fault
 from hw.storage.nfc.timing import stream_bound_cycles
 from tests.hw.nfc.conftest import random_pages
 
@@ -69,12 +69,28 @@ async def channel(dut, index, flash):
         beat("valid").value = offered is not None
         if offered:
             beat("payload").value = (
-                offered.data | offered.first << 64 | offered.last << 65 | offered.fail << 66
+                offered.data
+                | offered.first << 64
+                | offered.last << 65
+                | offered.fail << 66
+                | offered.slot << 67
+                | offered.kernel << 71
             )
         command("ready").value = space
         await RisingEdge(dut.clk)
         moved = space and int(command("valid").value)
-        flash.tick(int(command("payload").value) if moved else None, bool(int(beat("ready").value)))
+        read = int(command("payload").value)
+        flash.tick(Command(read & 0xFFFFFFFF, read >> 32) if moved else None, granted(dut, index))
+
+
+def granted(dut, index):
+    """Grants that the unit gives a channel in this cycle."""
+    ports = [f"grant__{index}__{kernel}__" for kernel in range(KERNELS)]
+    return [
+        Grant(int(getattr(dut, port + "payload").value), kernel)
+        for kernel, port in enumerate(ports)
+        if int(getattr(dut, port + "valid").value)
+    ]
 
 
 async def requests(dut, reads, rng, pause):

@@ -1,4 +1,4 @@
-"""The closed form of a whole batch against the RTL: within 3 % but for scattered batches on slow flash (50 us)."""
+"""The closed form of a whole batch against the RTL: within 3 %."""
 
 import numpy as np
 import pytest
@@ -15,8 +15,6 @@ SMALL, DRIVE = (
     UnitConfig(channels=8, lanes=1, max_tokens=4096),
 )
 TOLERANCE = 0.03
-BACKLOG_TOLERANCE = 0.05
-"""For the shape tried that 3 % does not hold at tR = 50 us; docs/storage.md says what the form leaves out."""
 
 
 def batch_of(seed, heads, tokens, head_size, config, *, r=0, k=0, m=2):
@@ -34,10 +32,10 @@ def batch_of(seed, heads, tokens, head_size, config, *, r=0, k=0, m=2):
     return cache, jobs, traces
 
 
-def check(cache, jobs, traces, config, *, tolerance=TOLERANCE, **flash):
+def check(cache, jobs, traces, config, **flash):
     measured = run(cache, jobs, config, **flash).cycles
     expected = expected_cycles(cache, jobs, traces, channels=config.channels, **flash)
-    assert abs(expected / measured - 1) <= tolerance, f"{expected:.0f} cycles expected, {measured} measured"
+    assert abs(expected / measured - 1) <= TOLERANCE, f"{expected:.0f} cycles expected, {measured} measured"
 
 
 @pytest.mark.parametrize(
@@ -81,10 +79,10 @@ def test_clustered_selections_take_the_expected_time(heads, tokens, read_ns):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("read_ns", "tolerance"), [(500, TOLERANCE), (50_000, BACKLOG_TOLERANCE)])
-def test_scattered_selections_on_slow_flash_are_within_the_documented_miss(read_ns, tolerance):
-    made = batch_of(2048, 12, 2048, 128, DRIVE, r=8, k=256, m=4)
-    check(*made, DRIVE, tolerance=tolerance, read_ns=read_ns)
+@pytest.mark.parametrize(("seed", "read_ns"), [(2048, 500), (2048, 50_000), (7, 50_000)])
+def test_scattered_selections_take_the_expected_time(seed, read_ns):
+    """Pages enough to fill the ledgers, so that one kernel's hold up the other's."""
+    check(*batch_of(seed, 12, 2048, 128, DRIVE, r=8, k=256, m=4), DRIVE, read_ns=read_ns)
 
 
 def test_the_closed_form_refuses_mixed_batches():

@@ -29,13 +29,16 @@
 using namespace kvstrata;
 
 struct Port {
-  uint8_t *command_valid, *command_ready, *beat_valid, *beat_ready;
-  uint32_t *command, *beat;
+  uint8_t *command_valid, *command_ready, *beat_valid, *grant_valid[2], *grant[2];
+  uint64_t* command;
+  uint32_t* beat;
 };
 
 #define PORT(n)                                                                                             \
   ports.push_back({&dut.flash___05F##n##___05Fvalid, &dut.flash___05F##n##___05Fready,                       \
-                   &dut.beat___05F##n##___05Fvalid, &dut.beat___05F##n##___05Fready,                         \
+                   &dut.beat___05F##n##___05Fvalid,                                                          \
+                   {&dut.grant___05F##n##___05F0___05Fvalid, &dut.grant___05F##n##___05F1___05Fvalid},       \
+                   {&dut.grant___05F##n##___05F0___05Fpayload, &dut.grant___05F##n##___05F1___05Fpayload},   \
                    &dut.flash___05F##n##___05Fpayload, dut.beat___05F##n##___05Fpayload.data()});
 
 struct Step {
@@ -180,7 +183,7 @@ int main(int argc, char** argv) {
       if (channels[n]->valid()) {
         const FlashBeat beat = channels[n]->beat();
         ports[n].beat[0] = uint32_t(beat.data), ports[n].beat[1] = uint32_t(beat.data >> 32);
-        ports[n].beat[2] = beat.first | beat.last << 1 | beat.fail << 2;
+        ports[n].beat[2] = beat.first | beat.last << 1 | beat.fail << 2 | beat.slot << 3 | beat.kernel << 7;
       }
     }
     dut.eval();
@@ -216,9 +219,12 @@ int main(int argc, char** argv) {
     }
     for (size_t n = 0; n < ports.size(); n++) {
       const bool commanded = *ports[n].command_valid && *ports[n].command_ready;
-      if (commanded) std::fprintf(out, "r %zu %u\n", n, *ports[n].command);
-      if (commanded || (channels[n]->valid() && *ports[n].beat_ready)) last = cycle;
-      channels[n]->tick(commanded, *ports[n].command, *ports[n].beat_ready);
+      const uint32_t page = uint32_t(*ports[n].command);
+      if (commanded) std::fprintf(out, "r %zu %u\n", n, page);
+      if (commanded || channels[n]->valid()) last = cycle;
+      for (unsigned kernel = 0; kernel < 2; kernel++)
+        if (*ports[n].grant_valid[kernel]) channels[n]->grant(kernel, *ports[n].grant[kernel]);
+      channels[n]->tick(commanded, page, unsigned(*ports[n].command >> 32));
     }
     auto output = [&](int kernel, uint8_t valid, uint8_t ready, uint64_t word, const uint32_t* softmax) {
       if (!valid || !ready) return;

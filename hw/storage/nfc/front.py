@@ -1,39 +1,99 @@
 """The flash side as one block: page reads in, filtered pages per kernel out, flash channels in between."""
 
-from amaranth import Cat, Const, Module, Signal
+from amaranth import Cat, Const, Module, Mux, Signal
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out, connect, flipped
 
-from golden.spec.storage import FILTER_DESCRIPTOR, PPN, TAG_BITS
+from golden.spec.storage import FILTER_DESCRIPTOR, MASK_BITS, PPN, SLOT_BITS, TAG_BITS, PageKind
 from hw.lib.streams import PipeStage, StreamFIFO, check_count
 from hw.storage.nfc.filter import RING_PAGES, PageFilter
 from hw.storage.nfc.gate import legal_marks
-from hw.storage.nfc.layouts import CHANNEL, DESCRIPTOR, PAGE, layout_of
+from hw.storage.nfc.layouts import CHANNEL, COMMAND, DESCRIPTOR, PAGE, flow, layout_of
 from hw.storage.nfc.order import PageOrder
 
 READ = data.StructLayout({"ppn": layout_of(PPN), **dict(FILTER_DESCRIPTOR.fields)})
 """One page to read: where it lies and what its filter needs to know."""
+COUNTED = data.StructLayout({**dict(READ.members), "marks": 6, "groups": 2})
+"""A read, its legal marks, and the halves of its mask that hold any."""
+SIZED = data.StructLayout({**dict(READ.members), "last_row": DESCRIPTOR["last_row"].shape})
+"""A read and the number of the last beat that passes."""
+OUTSTANDING = 64
+"""Reads of a channel that may wait in front of it, and for each kernel reads that may wait for a grant."""
 READ_QUEUE = 512
 """Reads per kernel that wait for room in the channels' queues: two heads of 2K tokens."""
+
+
+class PageSize(wiring.Component):
+    """Reads into reads of known size: how many beats of the page its filter passes, of wanted pages only.
+
+    Two registers lie between; a read per cycle.
+    """
+
+    latency = 2
+
+    i: In(stream.Signature(READ))
+    o: Out(stream.Signature(SIZED))
+
+    def elaborate(self, platform):
+        m = Module()
+        m.submodules.count = count = PipeStage(COUNTED)
+        m.submodules.size = size = PipeStage(SIZED)
+        connect(m, size.o, flipped(self.o))
+        legal = Signal(MASK_BITS)
+        half = MASK_BITS // 2
+        m.d.comb += [
+            legal.eq(self.i.p.mask & legal_marks(self.i.p)),
+            self.i.ready.eq(count.i.ready),
+            count.i.valid.eq(self.i.valid),
+            *(count.i.p[name].eq(self.i.p[name]) for name, _ in READ),
+            count.i.p.marks.eq(sum(legal)),
+            count.i.p.groups.eq(legal[:half].any() + legal[half:].any()),
+        ]
+        read = count.o.p
+        by_token = read.marks << Mux(read.wide_head, 3, 2)
+        by_group = read.groups << Mux(read.wide_head, 7, 6)
+        by_channel = (read.marks << 7) >> read.m_log2
+        rows = Signal(range(129))
+        with m.Switch(read.kind):
+            with m.Case(PageKind.K_TOKEN):
+                m.d.comb += rows.eq(by_token)
+            with m.Case(PageKind.V_TOKEN):
+                m.d.comb += rows.eq(by_group)
+            with m.Default():
+                m.d.comb += rows.eq(by_channel)
+        m.d.comb += [
+            count.o.ready.eq(size.i.ready),
+            size.i.valid.eq(count.o.valid),
+            *(size.i.p[name].eq(read[name]) for name, _ in READ),
+            size.i.p.last_row.eq(rows - 1),
+        ]
+        return m
 
 
 class FlashFront(wiring.Component):
     """Read pages from `channels` flash channels, filter them, and give each kernel its pages in order of request.
 
     Ports:
-    - `read`: pages in order of request; the top tag bit names the kernel (`PageOrder`). They queue per kernel and go to
-      the channels in turns, so that a long run of pages for one kernel does not starve the other.
+    - `read`: pages in order of request; the top tag bit names the kernel. They queue per kernel and go to the channels
+      in turns, so that a long run of pages for one kernel does not starve the other.
       A page without a marked entry is dropped here: no channel reads it, no kernel sees it.
-    - `command`: per channel, the physical page to read next; a channel answers in order.
-    - `beat`: per channel, the raw pages after ECC.
+    - `command`: per channel, the physical page to sense next.
+    - `grant`: per channel and kernel, the slot under which the kernel's oldest read of the channel that has none may
+      be sent; a grant may come before its command. The channel sends whichever granted page it has.
+    - `beat`: per channel, the raw pages after ECC, never refused.
     - `page`: per kernel, filtered pages (`PAGE_BEAT`).
 
-    `outstanding` reads per channel may be under way: enough of them keep every die of the channel sensing.
+    `outstanding` reads per channel and kernel wait for a grant: enough of them keep every die of the channel sensing.
     A channel number that does not exist is the caller's fault: bound it before (`Status.OUTSIDE_DEVICE`).
     """
 
     def __init__(
-        self, channels: int = 8, kernels: int = 2, *, outstanding: int = 64, ring_pages: int = RING_PAGES
+        self,
+        channels: int = 8,
+        kernels: int = 2,
+        *,
+        outstanding: int = OUTSTANDING,
+        ring_pages: int = RING_PAGES,
     ):
         self._channels = check_count("Channels of the flash side", channels, 2)
         self._kernels = check_count("Kernels of the flash side", kernels, 1)
@@ -41,55 +101,73 @@ class FlashFront(wiring.Component):
         super().__init__(
             {
                 "read": In(stream.Signature(READ)),
-                "command": Out(stream.Signature(layout_of(PPN))).array(channels),
-                "beat": In(stream.Signature(CHANNEL)).array(channels),
+                "command": Out(stream.Signature(COMMAND)).array(channels),
+                "grant": Out(flow(SLOT_BITS)).array(channels, kernels),
+                "beat": In(flow(CHANNEL)).array(channels),
                 "page": Out(stream.Signature(PAGE)).array(kernels),
             }
         )
 
+    def _kernel_of(self, read):
+        """The kernel that a read is for."""
+        return read.tag[TAG_BITS - (self._kernels - 1).bit_length() :] if self._kernels > 1 else Const(0, 1)
+
     def elaborate(self, platform):
         m = Module()
-        m.submodules.order = order = PageOrder(self._channels, self._kernels)
-        source = self._take_turns(m)
-        read, go, ready = source.payload, Signal(), []
+        m.submodules.sizes = sizes = PageSize()
+        connect(m, self._take_turns(m), sizes.i)
+        read, kernel, go = sizes.o.p, self._kernel_of(sizes.o.p), Signal()
+        orders = self._orders(m)
+        ready = []
         for n in range(self._channels):
-            m.submodules[f"filter_{n}"] = page_filter = PageFilter(ring_pages=self._ring_pages)
-            m.submodules[f"descriptors_{n}"] = descriptors = StreamFIFO(DESCRIPTOR, self._outstanding)
-            m.submodules[f"commands_{n}"] = commands = StreamFIFO(layout_of(PPN), self._outstanding)
-            connect(m, descriptors.o, page_filter.desc)
+            m.submodules[f"filter_{n}"] = page_filter = PageFilter(self._kernels, ring_pages=self._ring_pages)
+            m.submodules[f"commands_{n}"] = commands = StreamFIFO(COMMAND, self._outstanding)
             connect(m, commands.o, flipped(self.command[n]))
             connect(m, flipped(self.beat[n]), page_filter.i)
-            connect(m, page_filter.o, order.i[n])
             here = read.ppn.channel == n
             m.d.comb += [
-                commands.i.payload.eq(read.ppn),
-                *(descriptors.i.payload[name].eq(read[name]) for name, _ in FILTER_DESCRIPTOR.fields),
+                commands.i.p.ppn.eq(read.ppn),
+                commands.i.p.kernel.eq(kernel),
                 commands.i.valid.eq(go & here),
-                descriptors.i.valid.eq(go & here),
             ]
-            ready.append(~here | (commands.i.ready & descriptors.i.ready))
-        kernel = read.tag[TAG_BITS - (self._kernels - 1).bit_length() :]
-        for n in range(self._kernels):
-            depth = self._channels * self._outstanding
-            m.submodules[f"order_{n}"] = queue = StreamFIFO(range(self._channels), depth, kind="block")
-            connect(m, queue.o, order.order[n])
-            connect(m, order.o[n], flipped(self.page[n]))
-            here = (kernel == n) if self._kernels > 1 else Const(1, 1)
-            m.d.comb += [queue.i.payload.eq(read.ppn.channel), queue.i.valid.eq(go & here)]
-            ready.append(~here | queue.i.ready)
-        m.d.comb += [source.ready.eq(Cat(ready).all()), go.eq(source.valid & source.ready)]
+            ready.append(~here | commands.i.ready)
+            for k, order in enumerate(orders):
+                m.submodules[f"descriptors_{n}_{k}"] = queue = StreamFIFO(DESCRIPTOR, self._outstanding)
+                connect(m, queue.o, page_filter.desc[k])
+                connect(m, page_filter.grant[k], flipped(self.grant[n][k]))
+                connect(m, page_filter.o[k], order.i[n])
+                mine = here & (kernel == k)
+                m.d.comb += [queue.i.payload[name].eq(read[name]) for name, _ in DESCRIPTOR]
+                m.d.comb += queue.i.valid.eq(go & mine)
+                ready.append(~mine | queue.i.ready)
+        for k, order in enumerate(orders):
+            m.submodules[f"order_queue_{k}"] = queue = StreamFIFO(
+                range(self._channels), self._channels * self._outstanding, kind="block"
+            )
+            connect(m, queue.o, order.order)
+            m.d.comb += [queue.i.payload.eq(read.ppn.channel), queue.i.valid.eq(go & (kernel == k))]
+            ready.append((kernel != k) | queue.i.ready)
+        m.d.comb += [sizes.o.ready.eq(Cat(ready).all()), go.eq(sizes.o.valid & sizes.o.ready)]
         return m
+
+    def _orders(self, m):
+        orders = []
+        for k in range(self._kernels):
+            m.submodules[f"order_{k}"] = order = PageOrder(self._channels)
+            connect(m, order.o, flipped(self.page[k]))
+            orders.append(order)
+        return orders
 
     def _take_turns(self, m):
         """A read per cycle out of the kernels' queues, alternating between those that hold any."""
         read = self.read.payload
         wanted = (read.mask & legal_marks(read)).any()
-        kernel = read.tag[TAG_BITS - (self._kernels - 1).bit_length() :]
+        kernel = self._kernel_of(read)
         m.submodules.slice = chosen = PipeStage(READ)
         queues = []
         for n in range(self._kernels):
             m.submodules[f"reads_{n}"] = queue = StreamFIFO(READ, READ_QUEUE, kind="block")
-            here = (kernel == n) if self._kernels > 1 else Const(1, 1)
+            here = kernel == n
             m.d.comb += [queue.i.payload.eq(read), queue.i.valid.eq(self.read.valid & wanted & here)]
             with m.If(here):
                 m.d.comb += self.read.ready.eq(~wanted | queue.i.ready)

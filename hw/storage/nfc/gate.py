@@ -1,18 +1,18 @@
 """Entry-level decision of the page filter: which beats of a page are wanted, and which of their elements."""
 
 from amaranth import Cat, Module, Mux, Signal, Value
-from amaranth.lib import data, stream, wiring
+from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
 from golden.spec.storage import (
     CHANNEL_BEAT_BYTES,
     ELEMENT_BYTES,
     GROUP_TOKENS,
-    MASK_BITS,
     PAGE_CHANNEL_BEATS,
+    SLOT_BITS,
     PageKind,
 )
-from hw.storage.nfc.layouts import CHANNEL, DESCRIPTOR
+from hw.storage.nfc.layouts import CHANNEL, DESCRIPTOR, flow
 
 BEAT_BITS = 8 * CHANNEL_BEAT_BYTES
 ELEMENT_BITS = 8 * ELEMENT_BYTES
@@ -20,22 +20,27 @@ BEAT_TOKENS = CHANNEL_BEAT_BYTES // ELEMENT_BYTES
 COUNT_BITS = (PAGE_CHANNEL_BEATS - 1).bit_length()
 LANES = GROUP_TOKENS // BEAT_TOKENS
 """Channel beats of one beat towards the kernels."""
+START_BITS = 12
+"""Of a row's number in a ring, whatever its depth."""
 
 GATED = data.StructLayout(
     {
         "data": BEAT_BITS,
         "lane": range(LANES),
         "keep": 1,
+        "begin": 1,
         "end": 1,
         "fail": 1,
-        "wanted": 1,
-        "kind": 2,
-        "mask": MASK_BITS,
-        "tag": DESCRIPTOR["tag"].shape,
+        "slot": SLOT_BITS,
+        "kernel": 1,
+        "start": START_BITS,
     }
 )
-"""A judged beat. `keep`: belongs to a marked entry; `end`: last beat of the page, where `fail` and `wanted`
-(any entry of the page is marked) hold; elements of unmarked tokens of a V page are zero already."""
+"""A judged beat. `keep`: belongs to a marked entry; `begin`, `end`: first and last of the page, with the latter whether
+it fails; `start`: as its descriptor says; elements of unmarked tokens of a V page are zero already."""
+
+PLACED = data.StructLayout({**dict(DESCRIPTOR.members), "start": START_BITS})
+"""A page's descriptor and the row of its kernel's ring where its rows begin."""
 
 
 def entry_of(kind: Value, wide: Value, m_log2: Value, beat: Value) -> Value:
@@ -48,54 +53,41 @@ def entry_of(kind: Value, wide: Value, m_log2: Value, beat: Value) -> Value:
 
 
 class EntryGate(wiring.Component):
-    """Pair pages with their descriptors and judge a beat per cycle; judged beats leave `latency` cycles later.
+    """Judge a beat per cycle by the descriptor of its page; judged beats leave `latency` cycles later.
 
-    `i` is ready while a descriptor is held and `room` is set; the descriptor of the next page is taken with the last
-    beat of the page before, so pages follow each other without a bubble. `o` is never refused: whoever grants `room`
-    keeps space for the beats under way.
+    Ports: `i` raw pages, each whole before the next; `page`, the descriptor of the page whose beat stands at `i`,
+    in the same cycle; `o` judged beats. Nothing is ever refused: a page moves only when there is room for it.
 
     A page whose `first` or `last` marks are not where a page of 4 KB has them fails, as one that ECC gave up.
     Marks of entries that the page does not have are ignored.
     """
 
-    latency = 2
+    latency = 3
 
     def __init__(self):
         super().__init__(
             {
-                "desc": In(stream.Signature(DESCRIPTOR)),
-                "i": In(stream.Signature(CHANNEL)),
-                "room": In(1),
-                "o": Out(stream.Signature(GATED, always_ready=True)),
+                "i": In(flow(CHANNEL)),
+                "page": In(PLACED),
+                "o": Out(flow(GATED)),
             }
         )
 
         # State that proofs refer to.
-        self.held, self.current, self.wanted = Signal(), Signal(DESCRIPTOR), Signal()
+        self.valid, self.beat, self.current = Signal(), Signal(CHANNEL), Signal(PLACED)
         self.count, self.broken = Signal(COUNT_BITS), Signal()
 
     def elaborate(self, platform):
         m = Module()
-        held, current, wanted = self.held, self.current, self.wanted
-        beat = self.i.payload
-        accept = Signal()
-        m.d.comb += [
-            self.i.ready.eq(held & self.room),
-            accept.eq(self.i.valid & self.i.ready),
-            self.desc.ready.eq(~held | (accept & beat.last)),
-        ]
-        with m.If(self.desc.ready):
-            m.d.sync += [
-                held.eq(self.desc.valid),
-                current.eq(self.desc.payload),
-                wanted.eq((self.desc.payload.mask & legal_marks(self.desc.payload)).any()),
-            ]
+        # --- stage 1: the page that the beat belongs to
+        accept, beat, current = self.valid, self.beat, self.current
+        m.d.sync += [accept.eq(self.i.valid), beat.eq(self.i.payload), current.eq(self.page)]
 
-        # --- stage 1: where in the page the beat lies
+        # --- stage 2: where in the page the beat lies
         count, broken = self.count, self.broken
         misplaced = (beat.first != (count == 0)) | (beat.last != (count == PAGE_CHANNEL_BEATS - 1))
         valid, entry, half = Signal(), Signal(5), Signal()
-        judged, desc = Signal(GATED), Signal(DESCRIPTOR)
+        judged, desc = Signal(GATED), Signal(PLACED)
         m.d.sync += valid.eq(accept)
         with m.If(accept):
             m.d.sync += [
@@ -106,13 +98,16 @@ class EntryGate(wiring.Component):
                 desc.eq(current),
                 judged.data.eq(beat.data),
                 judged.lane.eq(count[: len(judged.lane)]),
+                judged.begin.eq(count == 0),
                 judged.end.eq(beat.last),
                 judged.fail.eq(broken | misplaced | beat.fail),
                 judged.keep.eq(~broken & ~misplaced),
-                judged.wanted.eq(wanted),
+                judged.slot.eq(beat.slot),
+                judged.kernel.eq(beat.kernel),
+                judged.start.eq(current.start),
             ]
 
-        # --- stage 2: what its marks say
+        # --- stage 3: what its marks say
         by_dimension = desc.kind == PageKind.V_TOKEN
         group = Mux(half, desc.mask[GROUP_TOKENS:], desc.mask[:GROUP_TOKENS])
         marks = group.word_select(judged.lane, BEAT_TOKENS)
@@ -124,9 +119,6 @@ class EntryGate(wiring.Component):
             out.eq(judged),
             out.data.eq(judged.data & elements),
             out.keep.eq(judged.keep & keep),
-            out.kind.eq(desc.kind),
-            out.mask.eq(desc.mask),
-            out.tag.eq(desc.tag),
         ]
         return m
 

@@ -1,126 +1,173 @@
-"""Ring buffer of filtered pages: rows are written as they come, and offered once their page is complete."""
+"""Ring of filtered pages of one kernel and channel: room is given in order, filled in any, played back in order."""
 
-from amaranth import Module, Mux, Signal, Value
-from amaranth.lib import data, stream, wiring
+from amaranth import Module, Mux, Shape, Signal, Value
+from amaranth.lib import data, memory, stream, wiring
 from amaranth.lib.wiring import In, Out
 
+from golden.spec.storage import PAGE_BEATS
 from hw.lib.memories import TypedMemory
-from hw.lib.streams import StreamFIFO, check_count
-
-MARGIN = 4
-"""Rows and pages kept free for what is under way when `room` falls (see `PageRing.grace`)."""
+from hw.lib.streams import check_count
+from hw.storage.nfc.gate import GATED, START_BITS
+from hw.storage.nfc.layouts import DESCRIPTOR, SLOTS, flow
 
 
 class PageRing(wiring.Component):
-    """Store the rows of whole pages and play them back in order, without a bubble inside a page.
+    """Give pages room by their filtered size, take their rows in any order of pages, and play the pages back in order.
 
     Ports:
-    - `write`: `{data, lane, keep, end, fail, wanted, meta}`, never refused. Kept beats fill the lanes of a row in
-      ascending order; a page is a whole number of rows. `end` closes the page: it is committed, or, when it fails,
-      its rows are taken back and one row of zeros stands for it; a page that is not wanted leaves no trace.
-    - `room`: after it falls, `grace` more writes are safe.
-    - `o`: `{row, first, last, fail, meta}`; a page's first row is offered `latency` cycles after its `end`.
+    - `desc`: descriptors of the kernel's pages in order, each of at least one row. As soon as the rows fit behind those
+      of the pages before it, the page gets a slot; `grant` (one cycle) says that the page may come under this name.
+    - `slot` asks for the descriptor of a granted page; `placed` answers in the same cycle.
+    - `write`: judged beats of granted pages, one page after the other. Kept beats fill the lanes of a row in ascending
+      order. `end` closes the page; of a page that fails one row of zeros is played.
+    - `o`: `{row, first, last, fail, desc}`, rows of the pages in the order of `desc`, without a bubble inside a page or
+      between pages that are there; a page's first row is offered `latency` cycles after its `end`, if it is the oldest.
 
-    A page has at most `depth - MARGIN` rows; up to `slots` pages wait.
+    A page's rows and its slot are free again once its last row has been read; nothing is ever written that has no room.
     """
 
-    latency = 4
-    grace = 4
+    latency = 5
 
-    def __init__(self, lane_bits: int, lanes: int, depth: int, slots: int, meta: data.StructLayout):
-        check_count("Depth of a page ring", depth, 2 * MARGIN)
-        check_count("Slots of a page ring", slots, 2 * MARGIN)
-        if depth & (depth - 1):
-            raise ValueError(f"the depth of a page ring is a power of two, not {depth}")
-        self._lane_bits, self._lanes, self._depth, self._slots, self._meta = (
-            lane_bits,
-            lanes,
-            depth,
-            slots,
-            meta,
-        )
-        written = data.StructLayout(
-            {
-                "data": lane_bits,
-                "lane": range(lanes),
-                "keep": 1,
-                "end": 1,
-                "fail": 1,
-                "wanted": 1,
-                "meta": meta,
-            }
-        )
-        read = data.StructLayout({"row": lane_bits * lanes, "first": 1, "last": 1, "fail": 1, "meta": meta})
+    def __init__(
+        self,
+        depth: int,
+        *,
+        slots: int = SLOTS,
+        page_rows: int = PAGE_BEATS,
+        desc: data.StructLayout = DESCRIPTOR,
+        beat: data.StructLayout = GATED,
+    ):
+        check_count("Depth of a page ring", depth, page_rows)
+        if depth & (depth - 1) or depth > 1 << START_BITS:
+            raise ValueError(
+                f"the depth of a page ring is a power of two up to {1 << START_BITS}, not {depth}"
+            )
+        self._depth, self._slots, self._desc = depth, slots, desc
+        self._beat_bits = Shape.cast(beat["data"].shape).width
+        self._lanes = 1 << Shape.cast(beat["lane"].shape).width
+        self._placed = data.StructLayout({**dict(desc.members), "start": START_BITS})
+        row = self._beat_bits * self._lanes
+        self._row_page = data.StructLayout({"row": row, "first": 1, "last": 1, "fail": 1, "desc": desc})
         super().__init__(
             {
-                "write": In(stream.Signature(written, always_ready=True)),
-                "room": Out(1),
-                "o": Out(stream.Signature(read)),
+                "desc": In(stream.Signature(desc)),
+                "grant": Out(flow(range(slots))),
+                "slot": In(range(slots)),
+                "placed": Out(self._placed),
+                "write": In(flow(beat)),
+                "o": Out(stream.Signature(self._row_page)),
             }
         )
 
-        # State that proofs refer to: rows written, rows of closed pages, rows read; each modulo twice the depth.
-        bits = (depth - 1).bit_length() + 1
-        self.head, self.start, self.tail = Signal(bits), Signal(bits), Signal(bits)
+        # State that proofs refer to: rows given to pages and not yet free, slots in use.
+        self.used, self.held = Signal(range(depth + 1)), Signal(range(slots + 1))
 
     def elaborate(self, platform):
         m = Module()
         bits = (self._depth - 1).bit_length()
-        row_shape = data.ArrayLayout(self._lane_bits, self._lanes)
+        m.submodules.table = table = memory.Memory(
+            shape=self._placed, depth=self._slots, init=[], attrs={"ram_style": "distributed"}
+        )
+        row_shape = data.ArrayLayout(self._beat_bits, self._lanes)
         m.submodules.rows = rows = TypedMemory(row_shape, self._depth, granularity=1, ram_style="block")
-        page = data.StructLayout({"rows": bits + 1, "fail": 1, "meta": self._meta})
-        m.submodules.pages = pages = StreamFIFO(page, self._slots)
+        asked = table.read_port(domain="comb")
+        m.d.comb += [asked.addr.eq(self.slot), self.placed.eq(asked.data)]
+        arrived, failed = Signal(self._slots), Signal(self._slots)
+        taken, freed, freed_rows = self._play(m, rows, table, arrived, failed, bits)
+        given = self._give(m, table, bits)
+        m.d.sync += [
+            self.held.eq(self.held + given - taken),
+            self.used.eq(self.used + Mux(given, self.desc.p.last_row + 1, 0) - Mux(freed, freed_rows + 1, 0)),
+        ]
+        self._fill(m, rows, arrived, failed, bits)
+        return m
 
-        # --- writing
-        start, head, tail = self.start, self.head, self.tail
-        write = self.write.payload
-        kept = self.write.valid & write.keep
-        after = Signal(bits + 1)
+    def _give(self, m, table, bits):
+        """Room and a slot for the next page: judged in one cycle, given in the next, so a page every other cycle."""
+        fits, start, slot = Signal(), Signal(bits), Signal(range(self._slots))
+        given = Signal()
+        write = table.write_port()
+        m.d.sync += fits.eq(
+            self.desc.valid
+            & ~given
+            & (self.held != self._slots)
+            & (self.used + self.desc.p.last_row < self._depth)
+        )
         m.d.comb += [
-            after.eq(head + (kept & (write.lane == self._lanes - 1))),
-            rows.w.addr.eq(head[:bits]),
+            given.eq(fits),
+            self.desc.ready.eq(given),
+            self.grant.valid.eq(given),
+            self.grant.payload.eq(slot),
+            write.addr.eq(slot),
+            write.en.eq(given),
+            *(write.data[name].eq(self.desc.p[name]) for name, _ in self._desc),
+            write.data.start.eq(start),
+        ]
+        with m.If(given):
+            m.d.sync += [slot.eq(slot + 1), start.eq(start + self.desc.p.last_row + 1)]
+        return given
+
+    def _fill(self, m, rows, arrived, failed, bits):
+        """Lanes of rows where the page's room begins; the slot of a whole page is noted."""
+        write, head, row = self.write.payload, Signal(bits), Signal(bits)
+        kept = self.write.valid & write.keep
+        m.d.comb += [
+            row.eq(Mux(write.begin, write.start, head)),
+            rows.w.addr.eq(row),
             *(rows.w.data[n].eq(write.data) for n in range(self._lanes)),
             rows.w.en.eq(Mux(kept, Value.cast(1) << write.lane, 0)),
-            pages.i.payload.rows.eq(after - start),
-            pages.i.payload.fail.eq(write.fail),
-            pages.i.payload.meta.eq(write.meta),
-            pages.i.valid.eq(self.write.valid & write.end & write.wanted),
         ]
-        m.d.sync += head.eq(after)
+        with m.If(self.write.valid):
+            m.d.sync += head.eq(row + (write.keep & (write.lane == self._lanes - 1)))
         with m.If(self.write.valid & write.end):
-            with m.If(write.fail):
-                m.d.sync += head.eq(start)
-            with m.Else():
-                m.d.sync += start.eq(after)
-        m.d.sync += self.room.eq(
-            ((head - tail)[: bits + 1] <= self._depth - MARGIN) & (pages.level <= self._slots - MARGIN)
-        )
+            m.d.sync += [
+                arrived.bit_select(write.slot, 1).eq(1),
+                failed.bit_select(write.slot, 1).eq(write.fail),
+            ]
 
-        # --- reading: address, memory, output register; all three stand still when the output does
-        advance = Signal()
-        index, stand = Signal(bits + 1), pages.o.payload
-        final = Signal()
-        read_valid, read = Signal(), Signal.like(self.o.payload)
+    def _play(self, m, rows, table, arrived, failed, bits):
+        """Pages in order of slots: the page, address, memory and output registers stand still together."""
+        advance, take = Signal(), Signal()
+        oldest = Signal(range(self._slots))
+        found = table.read_port(domain="comb")
+        page, standing, fail = Signal(self._placed), Signal(), Signal()
+        row, left, first = Signal(bits), Signal.like(page.last_row), Signal()
+        final = fail | (left == 0)
+        read_valid, read = Signal(), Signal(self._row_page)
+        out = self.o.payload
+        here = arrived.bit_select(oldest, 1)
         m.d.comb += [
+            found.addr.eq(oldest),
             advance.eq(~self.o.valid | self.o.ready),
-            final.eq(stand.fail | (index + 1 == stand.rows)),
-            pages.o.ready.eq(advance & final),
-            rows.r[0].addr.eq(tail[:bits]),
+            take.eq((~standing | (advance & final)) & here),
+            rows.r[0].addr.eq(row),
             rows.r[0].en.eq(advance),
         ]
         with m.If(advance):
             m.d.sync += [
-                read_valid.eq(pages.o.valid),
-                read.first.eq(index == 0),
+                read_valid.eq(standing),
+                read.first.eq(first),
                 read.last.eq(final),
-                read.fail.eq(stand.fail),
-                read.meta.eq(stand.meta),
+                read.fail.eq(fail),
+                *(read.desc[name].eq(page[name]) for name, _ in self._desc),
                 self.o.valid.eq(read_valid),
-                self.o.payload.eq(read),
-                self.o.payload.row.eq(Mux(read.fail, 0, Value.cast(rows.r[0].data))),
+                out.eq(read),
+                out.row.eq(Mux(read.fail, 0, Value.cast(rows.r[0].data))),
+                row.eq(row + 1),
+                left.eq(left - 1),
+                first.eq(0),
             ]
-            with m.If(pages.o.valid):
-                m.d.sync += index.eq(Mux(final, 0, index + 1))
-                with m.If(~stand.fail):
-                    m.d.sync += tail.eq(tail + 1)
-        return m
+            with m.If(final):
+                m.d.sync += standing.eq(0)
+        with m.If(take):
+            m.d.sync += [
+                oldest.eq(oldest + 1),
+                arrived.bit_select(oldest, 1).eq(0),
+                standing.eq(1),
+                page.eq(found.data),
+                fail.eq(failed.bit_select(oldest, 1)),
+                row.eq(found.data.start),
+                left.eq(found.data.last_row),
+                first.eq(1),
+            ]
+        return take, standing & advance & final, page.last_row

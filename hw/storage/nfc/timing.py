@@ -9,8 +9,8 @@ from hw.storage.nfc.filter import PageFilter
 def filter_cycles(pages: int, last_beats: int) -> int:
     """From the first raw beat of `pages` pages to the last filtered beat, `last_beats` being the last page's.
 
-    The channel delivers a beat every cycle, descriptors are at hand, the output is never refused: one raw beat enters
-    per cycle whatever the marks. With `last_beats` 0 the count ends with the last raw beat.
+    The channel delivers a beat every cycle, its pages are granted in time, the last is the oldest and the output
+    is never refused: one raw beat enters per cycle whatever the marks.
     """
     tail = PageFilter.latency + last_beats - 1 if last_beats else 0
     return pages * PAGE_CHANNEL_BEATS + tail
@@ -26,29 +26,6 @@ def stream_bound_cycles(
 ) -> float:
     """The least time for pages on several channels: that of the channel with the most."""
     return channel_cycles(max(pages_per_channel), clock_mhz=clock_mhz, channel_mb_per_s=channel_mb_per_s)
-
-
-def in_order_cycles(
-    arrays: Sequence[int], *, read: int, command: int, ecc: int, page: float, cache_read: int = 1
-) -> float:
-    """The least time of a channel that answers in order, for pages on these arrays, all requested at the start.
-
-    `read`, `command` and `ecc` are tR, command and decoder time, `page` the bus time of a page, all in cycles. An array
-    senses one page at a time and holds 1 + `cache_read`: a page waits for the pages before it on its array, and every
-    page behind it waits with it. Nobody downstream stalls, so a unit can only be slower.
-    """
-    done: list[float] = []
-    queued: dict[int, list[int]] = {}
-    sensed: dict[int, float] = {}
-    for array in arrays:
-        before = queued.setdefault(array, [])
-        start = max(command, sensed.get(array, 0))
-        if len(before) > cache_read:
-            start = max(start, done[before[-1 - cache_read]] + command)
-        sensed[array] = start + read
-        before.append(len(done))
-        done.append(max(sensed[array] + ecc, done[-1] if done else 0) + page)
-    return done[-1] if done else 0.0
 
 
 def beat_fraction(clock_mhz: int = 285, channel_mb_per_s: int = 1400) -> float:

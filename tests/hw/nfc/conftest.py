@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from golden.spec.storage import PageKind, tokens_per_page
-from golden.storage.layout import PageMark, filtered
+from golden.storage.layout import PageMark, filtered, filtered_beats
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,19 @@ class RawPage:
         }
 
     @property
+    def legal(self):
+        """Marks of entries that the page has."""
+        return self.mask & ((1 << (self.m or tokens_per_page(self.dh))) - 1)
+
+    @property
+    def sized(self):
+        """The descriptor with the number of the last beat that passes, as the flash front gives it to a filter."""
+        return {
+            **self.descriptor,
+            "last_row": filtered_beats(PageMark(self.kind, 0, self.legal), self.dh, self.m) - 1,
+        }
+
+    @property
     def beats(self):
         for n in range(512):
             word = int.from_bytes(self.content[8 * n : 8 * n + 8], "little")
@@ -47,7 +60,7 @@ class RawPage:
     @property
     def expected(self):
         """Golden `PAGE_BEAT`s; marks of entries that the page does not have are ignored."""
-        legal = self.mask & ((1 << (self.m or tokens_per_page(self.dh))) - 1)
+        legal = self.legal
         rows = filtered(
             PageMark(self.kind, 0, legal), np.frombuffer(self.content, np.uint16), self.dh, self.m
         )

@@ -1,15 +1,15 @@
 """Properties of the flash side: no marked entry lost, no other passed, order kept."""
 
-from amaranth import Cat, Const, Module, Mux, Signal, Value
+from amaranth import Array, Cat, Const, Module, Mux, Signal, Value
 from amaranth.hdl import Assert, Assume
 from amaranth.lib import data
 
-from golden.spec.storage import MASK_BITS, PageKind
-from hw.storage.nfc.gate import GATED, EntryGate
-from hw.storage.nfc.layouts import CHANNEL, DESCRIPTOR
+from golden.spec.storage import PageKind
+from hw.storage.nfc.gate import GATED, PLACED, EntryGate
+from hw.storage.nfc.layouts import CHANNEL
 from hw.storage.nfc.order import PageOrder
-from hw.storage.nfc.ring import MARGIN, PageRing
-from tests.hw.formal.harness import Proof, producer
+from hw.storage.nfc.ring import PageRing
+from tests.hw.formal.harness import Proof, producer, without_reset
 
 
 class GateProof(Proof):
@@ -20,27 +20,26 @@ class GateProof(Proof):
     """
 
     def __init__(self):
-        super().__init__(
-            {"desc_valid": 1, "desc": DESCRIPTOR.size, "valid": 1, "beat": CHANNEL.size, "room": 1}
-        )
+        super().__init__({"valid": 1, "beat": CHANNEL.size, "page": PLACED.size})
 
     def elaborate(self, platform):
         m = Module()
         m.submodules.gate = gate = EntryGate()
-        producer(m, gate.desc, self.desc_valid, self.desc)
-        producer(m, gate.i, self.valid, self.beat)
-        m.d.comb += gate.room.eq(self.room)
-        desc, beat = Signal(DESCRIPTOR), gate.i.payload
-        have, position, wrong = Signal(), Signal(9), Signal()
-        given = data.View(DESCRIPTOR, self.desc)
-        m.d.comb += Assume((given.kind != PageKind.K_CHANNEL) | (given.m_log2 != 0))
-        accept = gate.i.valid & gate.i.ready
-        with m.If(accept & beat.last):
-            m.d.sync += have.eq(0)
-        with m.If(gate.desc.valid & gate.desc.ready):
-            m.d.sync += [desc.eq(gate.desc.payload), have.eq(1)]
-        m.d.comb += Assert(~(gate.desc.valid & gate.desc.ready) | ~have | (accept & beat.last))
-        m.d.comb += Assert(~accept | (have & self.room))
+        m.d.comb += [
+            gate.i.valid.eq(self.valid),
+            Value.cast(gate.i.payload).eq(self.beat),
+            Value.cast(gate.page).eq(self.page),
+        ]
+        given, inside, own = gate.page, Signal(), Signal(PLACED)
+        m.d.comb += [
+            Assume((given.kind != PageKind.K_CHANNEL) | (given.m_log2 != 0)),
+            Assume(~inside | (Value.cast(given) == Value.cast(own))),
+        ]
+        with m.If(self.valid):
+            m.d.sync += [inside.eq(~gate.i.payload.last), own.eq(given)]
+        accept, beat, desc = Signal(), Signal(CHANNEL), Signal(PLACED)
+        m.d.sync += [accept.eq(self.valid), beat.eq(gate.i.payload), desc.eq(given)]
+        position, wrong = Signal(9), Signal()
         misplaced = (beat.first != (position == 0)) | (beat.last != (position == 511))
         with m.If(accept):
             m.d.sync += [
@@ -49,16 +48,15 @@ class GateProof(Proof):
             ]
         # Ties between the reference and the design, for the induction.
         m.d.comb += [
-            Assert(gate.held == have),
-            Assert(~have | (Value.cast(gate.current) == Value.cast(desc))),
-            Assert(~have | (desc.kind != PageKind.K_CHANNEL) | (desc.m_log2 != 0)),
+            Assert(gate.valid == accept),
+            Assert(Value.cast(gate.beat) == Value.cast(beat)),
+            Assert(Value.cast(gate.current) == Value.cast(desc)),
             Assert(gate.count == position),
             Assert(gate.broken == wrong),
         ]
 
         marks = desc.mask
-        keep, elements, wanted = self._reference(m, desc, marks, position)
-        m.d.comb += Assert(~have | (gate.wanted == wanted))
+        keep, elements = self._reference(m, desc, marks, position)
         expected, valid = [Signal(GATED, name=f"expected_{n}") for n in (0, 1)], Signal(2)
         m.d.sync += [
             valid.eq(Cat(accept, valid)),
@@ -66,12 +64,12 @@ class GateProof(Proof):
             expected[0].data.eq(beat.data & Cat(bit.replicate(16) for bit in elements)),
             expected[0].keep.eq(keep & ~wrong & ~misplaced),
             expected[0].lane.eq(position[:2]),
+            expected[0].begin.eq(position == 0),
             expected[0].end.eq(beat.last),
             expected[0].fail.eq(wrong | misplaced | beat.fail),
-            expected[0].wanted.eq(wanted),
-            expected[0].kind.eq(desc.kind),
-            expected[0].mask.eq(desc.mask),
-            expected[0].tag.eq(desc.tag),
+            expected[0].slot.eq(beat.slot),
+            expected[0].kernel.eq(beat.kernel),
+            expected[0].start.eq(desc.start),
         ]
         m.d.comb += Assert(gate.o.valid == valid[1])
         with m.If(valid[1]):
@@ -81,7 +79,7 @@ class GateProof(Proof):
 
     @staticmethod
     def _reference(m, desc, marks, position):
-        """(beat is kept, the four elements that survive, any entry of the page is marked)."""
+        """(beat is kept, the four elements that survive)."""
         wide, keeps = desc.wide_head, []
         for j in range(4):
             element = Cat(Const(j, 2), position)
@@ -99,193 +97,153 @@ class GateProof(Proof):
         is_v = desc.kind == PageKind.V_TOKEN
         upper = ~wide & (position >= 256)
         group = Mux(upper, marks[16:], marks[:16]).any()
-        entries = Mux(desc.kind == PageKind.K_CHANNEL, 1 << desc.m_log2, Mux(wide, 16, MASK_BITS))
-        wanted = Cat(marks[n] & (n < entries) for n in range(MASK_BITS)).any()
-        return Mux(is_v, group, keeps[0]), [keep | ~is_v for keep in keeps], wanted
+        return Mux(is_v, group, keeps[0]), [keep | ~is_v for keep in keeps]
 
 
 class RingProof(Proof):
-    """Rows of committed pages come out in order, each once, unchanged, framed by their pages; failed pages take their
-    rows back and appear as one row of zeros; unwanted pages leave no trace. A freely chosen row is followed."""
+    """Pages come out in the order of their descriptors, each once and as it came, whatever order the granted ones come
+    in; a failed page is one row of zeros; no page is ever overwritten. A freely chosen page and row are followed.
+
+    A row is written by its last lane alone: the other lanes are the same memory under other enables.
+    """
+
+    SLOTS, DEPTH, ROWS = 4, 4, 2
+    DESC = data.StructLayout({"last_row": 1, "tag": 1})
+    BEAT = data.StructLayout({**dict(GATED.members), "data": 8, "lane": 1, "slot": 2, "start": 2})
 
     def __init__(self):
-        self._meta = data.StructLayout({"tag": 1})
-        super().__init__({"write": 6, "valid": 1, "ready": 1, "row": 4, "page": 4})
+        super().__init__(
+            {"wanted": 1, "size": 1, "tag": 1, "come": 1, "slot": 2, "bit": 1, "fail": 1, "ready": 1}
+            | {"page": 3, "row": 1}
+        )
 
     def elaborate(self, platform):
         m = Module()
-        m.submodules.ring = ring = PageRing(8, 2, 8, 8, self._meta)
-        write = ring.write.payload
-        keep, end, fail, wanted, tag, bit = self.write
-        lane, rows = Signal(), Signal(4)
-        m.d.comb += [
-            ring.write.valid.eq(self.valid),
-            write.data.eq(bit),
-            write.lane.eq(lane),
-            write.keep.eq(keep),
-            write.end.eq(end),
-            write.fail.eq(fail),
-            write.wanted.eq(wanted),
-            write.meta.tag.eq(tag),
-            ring.o.ready.eq(self.ready),
-        ]
-        room = Signal(ring.grace, init=0)
-        m.d.sync += room.eq(Cat(ring.room, room))
-        kept = self.valid & keep
-        after = Signal(4)
-        m.d.comb += after.eq(rows + (kept & lane))
-        m.d.comb += [
-            Assume(~self.valid | ring.room | room.any()),
-            # Pages are whole rows, at most depth - MARGIN of them; a good page has rows just when it is wanted.
-            Assume(after <= 8 - MARGIN),
-            Assume(~(self.valid & end & ~fail) | (lane == (keep & 1)) | (~keep & ~lane)),
-            Assume(~(self.valid & end & ~fail) | ((after != 0) == wanted)),
-            Assume(~(self.valid & end & ~fail) | ~(keep & ~lane)),
-            Assume(~(self.valid & end & ~wanted) | (after == 0)),
-        ]
-        with m.If(self.valid):
-            m.d.sync += [lane.eq(Mux(end, 0, lane ^ kept)), rows.eq(Mux(end, 0, after))]
-
-        # --- what must come out: row number `row` of all committed ones, and page number `page`
-        chosen_row, chosen_page = Signal(4), Signal(4)
-        first = Signal(init=1)
-        m.d.sync += [first.eq(0), chosen_row.eq(self.row), chosen_page.eq(self.page)]
+        m.submodules.ring = ring = PageRing(
+            self.DEPTH, slots=self.SLOTS, page_rows=self.ROWS, desc=self.DESC, beat=self.BEAT
+        )
+        without_reset(m)
+        first, chosen = Signal(init=1), Signal(4)
+        m.d.sync += [first.eq(0), chosen.eq(Cat(self.page, self.row))]
         with m.If(~first):
-            m.d.comb += [Assume(self.row == chosen_row), Assume(self.page == chosen_page)]
-        committed, pages = Signal(6), Signal(6)
-        value, low = Signal(16), Signal()
-        page_rows, page_fail, page_tag = Signal(4), Signal(), Signal()
-        with m.If(kept):
-            m.d.sync += low.eq(bit)
-            with m.If(lane & (committed + rows == self.row)):
-                m.d.sync += value.eq(Cat(low, Const(0, 7), bit))
-        with m.If(self.valid & end):
-            with m.If(~fail):
-                m.d.sync += committed.eq(committed + after)
-            with m.If(wanted):
-                m.d.sync += pages.eq(pages + 1)
-                with m.If(pages == self.page):
-                    m.d.sync += [page_rows.eq(after), page_fail.eq(fail), page_tag.eq(tag)]
+            m.d.comb += Assume(Cat(self.page, self.row) == chosen)
+        self._describe(m, ring)
+        value, failed = self._send(m, ring)
+        self._check(m, ring, value, failed)
+        return m
 
-        out = ring.o.payload
-        seen, seen_pages, seen_rows = Signal(6), Signal(6), Signal(4)
+    def _describe(self, m, ring):
+        """Descriptors, and which page each granted slot is for."""
+        desc, granted = Signal(self.DESC), Signal(4)
+        m.d.comb += [desc.last_row.eq(self.size), desc.tag.eq(self.tag)]
+        producer(m, ring.desc, self.wanted, Value.cast(desc))
+        self._granted, self._number = granted, [Signal(4, name=f"number_{n}") for n in range(self.SLOTS)]
+        self._open = [Signal(name=f"open_{n}") for n in range(self.SLOTS)]
+        self._last, self._tag = Signal(), Signal()
+        with m.If(ring.grant.valid):
+            m.d.comb += Assert(ring.desc.valid & ring.desc.ready)
+            m.d.sync += granted.eq(granted + 1)
+            with m.If(granted == self.page):
+                m.d.sync += [self._last.eq(desc.last_row), self._tag.eq(desc.tag)]
+            with m.Switch(ring.grant.payload):
+                for n in range(self.SLOTS):
+                    with m.Case(n):
+                        m.d.comb += Assert(~self._open[n])
+                        m.d.sync += [self._open[n].eq(1), self._number[n].eq(granted)]
+
+    def _send(self, m, ring):
+        """Granted pages come whole, in any order; what the followed row holds, and whether its page fails."""
+        inside, slot, rows = Signal(), Signal(2), Signal(2)
+        value, failed = Signal(), Signal()
+        now = Mux(inside, slot, self.slot)
+        write, last = ring.write.payload, ring.placed.last_row
+        end = (rows == last) | self.fail
+        open_, number = Array(self._open)[now], Array(self._number)[now]
+        m.d.comb += [
+            Assume(~self.come | open_),
+            ring.slot.eq(now),
+            ring.write.valid.eq(self.come),
+            write.data.eq(self.bit),
+            write.lane.eq(1),
+            write.keep.eq(1),
+            write.begin.eq(~inside),
+            write.end.eq(end),
+            write.fail.eq(self.fail),
+            write.slot.eq(now),
+            write.start.eq(ring.placed.start),
+        ]
+        with m.If(self.come):
+            m.d.sync += [inside.eq(~end), slot.eq(now), rows.eq(Mux(end, 0, rows + 1))]
+            with m.If(number == self.page):
+                with m.If(rows == self.row):
+                    m.d.sync += value.eq(self.bit)
+                with m.If(end):
+                    m.d.sync += failed.eq(self.fail)
+            with m.If(end):
+                for n in range(self.SLOTS):
+                    with m.If(now == n):
+                        m.d.sync += self._open[n].eq(0)
+        return value, failed
+
+    def _check(self, m, ring, value, failed):
+        pages, rows, out = Signal(4), Signal(2), ring.o.payload
+        m.d.comb += [ring.o.ready.eq(self.ready), Assert(ring.used <= self.DEPTH)]
         with m.If(ring.o.valid):
-            m.d.comb += [Assert(seen_pages < pages), Assert(out.first == (seen_rows == 0))]
+            m.d.comb += [Assert(pages < self._granted), Assert(out.first == (rows == 0))]
             with m.If(out.fail):
                 m.d.comb += [Assert(out.row == 0), Assert(out.first & out.last)]
-            with m.Else():
-                m.d.comb += Assert(seen < committed)
-                with m.If(seen == self.row):
-                    m.d.comb += Assert(out.row == value)
-            with m.If(seen_pages == self.page):
-                m.d.comb += [
-                    Assert(out.fail == page_fail),
-                    Assert(out.meta.tag == page_tag),
-                    Assert(page_fail | (out.last == (seen_rows + 1 == page_rows))),
-                ]
+            with m.If(pages == self.page):
+                m.d.comb += [Assert(out.fail == failed), Assert(out.desc.tag == self._tag)]
+                m.d.comb += Assert(failed | (out.last == (rows == self._last)))
+                with m.If((rows == self.row) & ~failed):
+                    m.d.comb += Assert(out.row[8] == value)
             with m.If(self.ready):
-                m.d.sync += [
-                    seen.eq(seen + ~out.fail),
-                    seen_rows.eq(Mux(out.last, 0, seen_rows + 1)),
-                    seen_pages.eq(seen_pages + out.last),
-                ]
-        # Whatever was committed comes out: an idle output with pages inside lasts for the latency only.
-        waiting = Signal(4)
-        with m.If(ring.o.valid | (pages == seen_pages)):
-            m.d.sync += waiting.eq(0)
-        with m.Else():
-            m.d.sync += waiting.eq(waiting + 1)
-        m.d.comb += Assert(waiting < ring.latency)
-        return m
-
-
-class RingRoomProof(Proof):
-    """Writes that respect `room` and its `grace` never overrun the ring, for all time; rows leave only if closed."""
-
-    def __init__(self):
-        super().__init__({"write": 2, "valid": 1, "ready": 1})
-
-    def elaborate(self, platform):
-        m = Module()
-        m.submodules.ring = ring = PageRing(8, 2, 8, 8, data.StructLayout({"tag": 1}))
-        write = ring.write.payload
-        keep, end = self.write
-        lane = Signal()
-        m.d.comb += [
-            ring.write.valid.eq(self.valid),
-            write.keep.eq(keep),
-            write.lane.eq(lane),
-            write.end.eq(end),
-            write.wanted.eq(end),
-            ring.o.ready.eq(self.ready),
-        ]
-        room = Signal(ring.grace)
-        m.d.sync += room.eq(Cat(ring.room, room))
-        with m.If(self.valid & keep):
-            m.d.sync += lane.eq(~lane)
-        used, closed = (ring.head - ring.tail)[:4], (ring.start - ring.tail)[:4]
-        m.d.comb += [
-            Assume(~self.valid | ring.room | room.any()),
-            # Pages hold as many rows as they say: RingProof's part.
-            Assume((closed <= used) & (closed <= 8)),
-            Assert(used <= 8),
-        ]
-        return m
+                m.d.sync += [rows.eq(Mux(out.last, 0, rows + 1)), pages.eq(pages + out.last)]
 
 
 SMALL_PAGE = data.StructLayout({"data": 2, "first": 1, "last": 1, "tag": 2})
 
 
 class OrderProof(Proof):
-    """A kernel gets pages whole, from the channels its order names, one after the other; each beat goes to the kernel
-    that its tag names, once and unchanged."""
+    """A kernel gets pages whole, from the channels its order names, one after the other; each beat once, unchanged."""
 
     def __init__(self):
-        size = SMALL_PAGE.size
-        super().__init__({"valid": 2, "pages": 2 * size, "order_valid": 2, "order": 2, "ready": 2})
+        super().__init__({"valid": 2, "pages": 2 * SMALL_PAGE.size, "order_valid": 1, "order": 1, "ready": 1})
 
     def elaborate(self, platform):
         m = Module()
-        m.submodules.order = order = PageOrder(2, 2, payload=SMALL_PAGE, tag_bits=2)
+        m.submodules.order = order = PageOrder(2, payload=SMALL_PAGE)
         size = SMALL_PAGE.size
         inside = Signal(2)
         moved = [lane.valid & lane.ready for lane in order.i]
         for n, lane in enumerate(order.i):
             producer(m, lane, self.valid[n], self.pages[n * size : (n + 1) * size])
-            beat, tag = lane.payload, Signal(2, name=f"tag_{n}")
             with m.If(lane.valid):
-                m.d.comb += [Assume(beat.first == ~inside[n]), Assume(~inside[n] | (beat.tag == tag))]
+                m.d.comb += Assume(lane.payload.first == ~inside[n])
             with m.If(moved[n]):
-                m.d.sync += [inside[n].eq(~beat.last), tag.eq(beat.tag)]
-        for n, (port, out) in enumerate(zip(order.order, order.o)):
-            producer(m, port, self.order_valid[n], self.order[n])
-            m.d.comb += out.ready.eq(self.ready[n])
-            have, source, under_way = (
-                Signal(name=f"have_{n}"),
-                Signal(name=f"from_{n}"),
-                Signal(name=f"way_{n}"),
-            )
-            mine = [moved[c] & (order.i[c].payload.tag[1] == n) for c in range(2)]
-            head = data.View(
-                SMALL_PAGE, Mux(mine[1], Value.cast(order.i[1].payload), Value.cast(order.i[0].payload))
-            )
-            took = mine[0] | mine[1]
-            m.d.comb += [Assert(~(mine[0] & mine[1]))]
-            with m.If(took):
-                # Only the channel that the oldest open entry of the order names, and whole pages of it.
-                m.d.comb += [Assert(have), Assert(source == mine[1]), Assert(head.first == ~under_way)]
-                m.d.sync += [under_way.eq(~head.last), have.eq(have & ~head.last)]
-            with m.If(port.valid & port.ready):
-                m.d.comb += Assert(~have | (took & head.last))
-                m.d.sync += [have.eq(1), source.eq(port.payload)]
-            last = Signal(size, name=f"last_{n}")
-            held = Signal(name=f"held_{n}")
-            with m.If(took):
-                m.d.comb += Assert(~held | out.ready)
-                m.d.sync += [last.eq(Value.cast(head)), held.eq(1)]
-            with m.Elif(out.ready):
-                m.d.sync += held.eq(0)
-            m.d.comb += Assert(out.valid == held)
-            with m.If(held):
-                m.d.comb += Assert(Value.cast(out.payload) == last)
+                m.d.sync += inside[n].eq(~lane.payload.last)
+        producer(m, order.order, self.order_valid, self.order)
+        m.d.comb += order.o.ready.eq(self.ready)
+        have, source, under_way, held = Signal(), Signal(), Signal(), Signal()
+        head = data.View(
+            SMALL_PAGE, Mux(moved[1], Value.cast(order.i[1].payload), Value.cast(order.i[0].payload))
+        )
+        took = moved[0] | moved[1]
+        m.d.comb += Assert(~(moved[0] & moved[1]))
+        with m.If(took):
+            # Only the channel that the oldest open entry of the order names, and whole pages of it.
+            m.d.comb += [Assert(have), Assert(source == moved[1]), Assert(head.first == ~under_way)]
+            m.d.sync += [under_way.eq(~head.last), have.eq(have & ~head.last)]
+        with m.If(order.order.valid & order.order.ready):
+            m.d.comb += Assert(~have | (took & head.last))
+            m.d.sync += [have.eq(1), source.eq(order.order.payload)]
+        last = Signal(size)
+        with m.If(took):
+            m.d.comb += Assert(~held | self.ready)
+            m.d.sync += [last.eq(Value.cast(head)), held.eq(1)]
+        with m.Elif(self.ready):
+            m.d.sync += held.eq(0)
+        m.d.comb += Assert(order.o.valid == held)
+        with m.If(held):
+            m.d.comb += Assert(Value.cast(order.o.payload) == last)
         return m

@@ -12,22 +12,26 @@ import pytest
 from golden.spec import KVStrataError
 from golden.spec.storage import PAGE_BYTES, PPN
 from golden.storage.layout import Geometry
-from hw.storage.flash_model import ERASED, FlashChannel, FlashParams, page_fault, write_image
-from hw.storage.nfc.timing import channel_cycles, in_order_cycles
+from hw.storage.flash_model import ERASED, Command, FlashChannel, FlashParams, Grant, page_fault, write_image
 
 HEADERS = Path(__file__).parents[3] / "hw" / "storage"
 FAST = FlashParams(read_ns=2000, command_ns=100, ecc_ns=50, dies=4, planes=2)
 
 
-def play(params, pages, commands, cycles, ready_mask=(1 << 64) - 1, failing=frozenset()):
-    """(cycle, data, first, last, fail) of every beat taken."""
-    channel, rest, trace = FlashChannel(params, pages, failing), list(commands), []
+def play(params, pages, commands, cycles, grants=None, failing=frozenset()):
+    """(cycle, data, first, last, fail, slot, kernel) of every beat; `grants` are given per cycle, without them at once.
+
+    Commands are pages, or pages and their kernels.
+    """
+    rest = [c if isinstance(c, Command) else Command(c) for c in commands]
+    if grants is None:
+        grants = {0: [Grant(n % 16, command.kernel) for n, command in enumerate(rest)]}
+    channel, trace = FlashChannel(params, pages, failing), []
     for now in range(cycles):
-        ready = bool(ready_mask >> (now % 64) & 1)
-        beat = channel.offer()
-        if beat and ready:
+        if beat := channel.offer():
             trace.append((now, *beat))
-        channel.tick(rest.pop(0) if rest and channel.command_ready else None, ready)
+        command = rest.pop(0) if rest and channel.command_ready else None
+        channel.tick(command, grants.get(now, ()))
     return trace
 
 
@@ -69,23 +73,29 @@ def test_both_models_give_the_same_beats_in_the_same_cycles(program, tmp_path, s
         fail_per_million=100_000,
         seed=seed,
     )
-    commands = [PPN.pack({"die": rng.randrange(4), "plane": rng.randrange(2), "page": n}) for n in range(12)]
-    pages = {ppn: rng.randbytes(PAGE_BYTES) for ppn in commands[:-1]}
-    failing = frozenset(commands[3:4])
+    places = [{"die": rng.randrange(4), "plane": rng.randrange(2), "page": n} for n in range(12)]
+    commands = [Command(PPN.pack(place), rng.randrange(2)) for place in places]
+    pages = {command.ppn: rng.randbytes(PAGE_BYTES) for command in commands[:-1]}
+    failing = frozenset([commands[3].ppn])
     write_image(tmp_path / "image", pages, failing)
-    ready_mask = rng.getrandbits(64) | rng.getrandbits(64)
-    expected = play(params, pages, commands, 14_000, ready_mask, failing)
+    times = sorted(rng.randrange(6000) for _ in commands)
+    grants = {}
+    for slot, (now, kernel) in enumerate(zip(times, rng.sample([c.kernel for c in commands], 12))):
+        grants.setdefault(now, []).append(Grant(slot, kernel))
+    expected = play(params, pages, commands, 20_000, grants, failing)
     words = [
         str(tmp_path / "image"),
-        "14000",
-        str(ready_mask),
+        "20000",
         *params.arguments(),
         "--",
-        *map(str, commands),
+        *(f"{command.ppn},{command.kernel}" for command in commands),
+        "--",
+        *(f"{now},{grant.kernel},{grant.slot}" for now, given in grants.items() for grant in given),
     ]
     out = subprocess.run([program, *words], check=True, capture_output=True, text=True).stdout
     assert [tuple(map(int, line.split())) for line in out.splitlines()] == expected
-    assert len(expected) > 5 * 512
+    assert sum(beat[3] for beat in expected) == 12
+    assert [beat[5] for beat in expected if beat[2]] != list(range(12))
 
 
 def test_beats_carry_the_pages_in_order_and_unwritten_pages_read_erased():
@@ -95,6 +105,25 @@ def test_beats_carry_the_pages_in_order_and_unwritten_pages_read_erased():
     assert content == bytes(range(256)) * 16 + ERASED
     assert [n for n, beat in enumerate(trace) if beat[2]] == [0, 512]
     assert [n for n, beat in enumerate(trace) if beat[3]] == [511, 1023]
+
+
+def test_a_page_moves_once_it_is_granted_and_kernels_are_granted_in_their_own_order():
+    commands = [Command(PPN.pack({"die": n}), n % 2) for n in range(4)]
+    grants = {2000: [Grant(7, 1), Grant(3, 0)], 6000: [Grant(8, 1)], 9000: [Grant(4, 0)]}
+    trace = play(FAST, {}, commands, 12_000, grants)
+    starts = [(beat[0], beat[5], beat[6]) for beat in trace if beat[2]]
+    assert [start[1:] for start in starts] == [(3, 0), (7, 1), (8, 1), (4, 0)]
+    assert starts[0][0] >= 2000
+    assert starts[2][0] >= 6000
+    assert starts[3][0] >= 9000
+
+
+def test_a_page_that_is_ready_passes_older_ones_that_are_not():
+    """Three pages of one die are sensed one after the other; those of other dies do not wait for them."""
+    dies = [0, 0, 0, 1, 2]
+    commands = [Command(PPN.pack({"die": die, "page": n})) for n, die in enumerate(dies)]
+    trace = play(replace(FAST, read_ns=6000), {}, commands, 12_000)
+    assert [beat[5] for beat in trace if beat[2]] == [0, 3, 4, 1, 2]
 
 
 def test_a_failing_page_takes_every_retry_and_says_so_in_its_last_beat():
@@ -164,25 +193,3 @@ def test_a_truncated_image_is_refused(program, tmp_path):
     )
     assert result.returncode
     assert "is truncated" in result.stderr
-
-
-@pytest.mark.parametrize("cache_read", [0, 1])
-def test_a_channel_that_answers_in_order_takes_the_closed_forms_time(cache_read):
-    params = replace(FAST, cache_read=cache_read, read_ns=12_000)
-    rng = random.Random(cache_read)
-    places = ({"page": n, "die": rng.randrange(4), "plane": rng.randrange(2)} for n in range(40))
-    commands = [PPN.pack({"channel": 0, "block": 0, **place}) for place in places]
-    page = channel_cycles(1, clock_mhz=params.clock_mhz, channel_mb_per_s=params.channel_mb_per_s)
-    expected = in_order_cycles(
-        [params.array(ppn) for ppn in commands],
-        read=params.cycles(params.read_ns),
-        command=params.cycles(params.command_ns),
-        ecc=params.cycles(params.ecc_ns),
-        page=page,
-        cache_read=cache_read,
-    )
-    trace = play(params, {}, commands, int(2 * expected))
-    assert sum(last for *_, last, _ in trace) == len(commands)
-    # the model moves whole beats, so a page may leave two cycles early or late, and takes a command per cycle
-    assert abs(trace[-1][0] + 1 - expected) < 2 * len(commands)
-    assert expected > 1.3 * 40 * page, "arrays drawn at random hold the bus up"

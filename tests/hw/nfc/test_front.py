@@ -1,17 +1,18 @@
 """The joined flash side on two small channels: order per kernel, turns between kernels, dropped pages, full queues."""
 
+import itertools
 from dataclasses import replace
 
 from golden.spec.storage import PPN
 from hw.lib.testing import get, put, simulate
-from hw.storage.flash_model import FlashChannel, FlashParams
+from hw.storage.flash_model import Command, FlashChannel, FlashParams, Grant
 from hw.storage.nfc.front import FlashFront
 
 PARAMS = FlashParams(read_ns=1000, command_ns=10, ecc_ns=10, channel_mb_per_s=2280, queue=2)
 
 
 def run(front, pages, channel_of, after):
-    """Beats per kernel and the order in which channels were given pages; the channels start `after` cycles."""
+    """Beats per kernel and the order in which channels were given pages; commands are taken `after` cycles on."""
     contents, reads = {}, []
     expected = [[], []]
     for n, raw in enumerate(pages):
@@ -26,25 +27,26 @@ def run(front, pages, channel_of, after):
 
     async def channels(ctx):
         models = [FlashChannel(PARAMS, contents) for _ in front.command]
-        await ctx.tick().repeat(after)
-        while True:
+        for cycle in itertools.count():
             offers = [model.offer() for model in models]
             for beat, command, offer, model in zip(front.beat, front.command, offers, models):
-                ctx.set(command.ready, model.command_ready)
+                ctx.set(command.ready, cycle >= after and model.command_ready)
                 ctx.set(beat.valid, offer is not None)
                 if offer:
                     ctx.set(beat.payload, offer._asdict())
-            values = [
-                x for b, c in zip(front.beat, front.command) for x in (b.ready, c.valid, c.ready, c.payload)
-            ]
-            _, _, *sampled = await ctx.tick().sample(*values)
+            values = [x for c in front.command for x in (c.valid, c.ready, c.payload)]
+            grants = [x for channel in front.grant for grant in channel for x in (grant.valid, grant.payload)]
+            _, _, *sampled = await ctx.tick().sample(*values, *grants)
+            named = sampled[len(values) :]
             for n, model in enumerate(models):
-                ready, valid, space, ppn = sampled[4 * n : 4 * n + 4]
-                moved = valid and space
-                number = PPN.pack({name: getattr(ppn, name) for name, _ in PPN.fields}) if moved else None
-                if moved:
-                    commanded.append(int(ppn.page))
-                model.tick(number, bool(ready))
+                valid, space, read = sampled[3 * n : 3 * n + 3]
+                moved = None
+                if valid and space:
+                    place = {name: getattr(read.ppn, name) for name, _ in PPN.fields}
+                    moved = Command(PPN.pack(place), int(read.kernel))
+                    commanded.append(int(read.ppn.page))
+                given = [named[4 * n + 2 * k : 4 * n + 2 * k + 2] for k in range(2)]
+                model.tick(moved, [Grant(int(slot), k) for k, (valid, slot) in enumerate(given) if valid])
 
     def kernel(n):
         async def take(ctx):
@@ -70,5 +72,5 @@ def test_a_long_run_for_one_kernel_does_not_starve_the_other(raw_pages):
     pages = [replace(raw, tag=n | (n >= 8) << 7) for n in range(12)]
     got, expected, commanded = run(FlashFront(2, 2, outstanding=3), pages, lambda n: 0, after=60)
     assert got == expected
-    # Three reads fill the channel's queue, one waits in front of it; from then on the kernels take turns.
-    assert commanded == [0, 1, 2, 3, 8, 4, 9, 5, 10, 6, 11, 7]
+    # Three reads fill the channel's queue, three wait in front of it; from then on the kernels take turns.
+    assert commanded == [0, 1, 2, 3, 4, 5, 8, 6, 9, 7, 10, 11]

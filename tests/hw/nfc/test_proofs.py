@@ -4,6 +4,7 @@ import pytest
 
 from hw.flow.formal import ProofFailed, prove
 from hw.storage.nfc import gate, ring
+from tests.hw.mutants import mutant
 from tests.hw.nfc import proofs
 
 
@@ -12,8 +13,16 @@ def test_no_marked_entry_is_lost_and_no_other_passes():
 
 
 @pytest.mark.slow
-def test_committed_rows_leave_in_order_and_failed_pages_leave_none():
-    prove(proofs.RingProof(), "ring_proof", depth=11, induction=False)
+def test_pages_leave_in_order_whatever_order_they_come_in():
+    prove(proofs.RingProof(), "ring_proof", depth=14, induction=False)
+
+
+@pytest.mark.slow
+def test_the_ring_proof_notices_room_given_twice(monkeypatch):
+    broken = mutant(ring, "self.desc.p.last_row < self._depth", "self.desc.p.last_row < self._depth + 2")
+    monkeypatch.setattr(proofs, "PageRing", broken.PageRing)
+    with pytest.raises(ProofFailed):
+        prove(proofs.RingProof(), "ring_proof", depth=14, induction=False)
 
 
 def test_pages_reach_their_kernel_whole_and_in_order():
@@ -27,13 +36,3 @@ def test_the_gate_proof_notices_a_wrong_entry(monkeypatch):
     )
     with pytest.raises(ProofFailed):
         prove(proofs.GateProof(), "gate_proof", depth=4)
-
-
-def test_writes_within_the_grace_never_overrun_the_ring():
-    prove(proofs.RingRoomProof(), "ring_room_proof", depth=14)
-
-
-def test_the_room_proof_notices_a_missing_margin(monkeypatch):
-    monkeypatch.setattr(ring, "MARGIN", 1)
-    with pytest.raises(ProofFailed):
-        prove(proofs.RingRoomProof(), "ring_room_proof", depth=24)

@@ -7,7 +7,7 @@ from amaranth.lib import data
 from golden.spec.storage import CONFIG, PPN, PageKind, Status
 from hw.storage.nfc.layouts import layout_of
 from hw.storage.passes import LEDGER, PAGE_STEP, WANT, Requester, TokenPass
-from tests.hw.formal.harness import Proof, producer, stable
+from tests.hw.formal.harness import Proof, producer, stable, without_reset
 
 
 class TokenPassProof(Proof):
@@ -84,6 +84,7 @@ class RequesterProof(Proof):
 
     def elaborate(self, platform):
         m = Module()
+        without_reset(m)
         m.submodules.dut = dut = Requester(self.CHANNELS, ledger_depth=4, asked_depth=2)
         producer(m, dut.want, self.valid, self.want)
         producer(m, dut.descriptor, self.answer_valid, self.answer)

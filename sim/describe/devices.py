@@ -23,12 +23,14 @@ class Gpu(Described):
     hbm_gb_per_s: Positive
     fp16_tflops: Positive
     sm_count: Count
+    boost_mhz: Positive
     tdp_w: Positive
     idle_w: NonNegative
     price_usd: Positive
     peer_gb_per_s: NonNegative = assumed(0.0, "no GPU links: peers meet on the host's PCIe")
     bandwidth_share: Share = assumed(0.85, "SIM-GPU-BW")
     tensor_share: Share = assumed(0.78, "SIM-GPU-TENSOR")
+    attention_share: Share | None = assumed(None, "that of matrix products")
     kernel_floor_us: NonNegative = assumed(7.0, "SIM-GPU-FLOOR")
     reserved_gb: NonNegative = assumed(1.5, "SIM-GPU-RESERVED")
 
@@ -38,9 +40,19 @@ class Gpu(Described):
             raise ValueError(f"hbm_gb_per_s must be below 20000 (is it in Gb/s?), got {self.hbm_gb_per_s}")
         if self.fp16_tflops > 10_000:
             raise ValueError(f"fp16_tflops must be below 10000 (is it in GFLOPS?), got {self.fp16_tflops}")
+        if not 64 <= self.flops_per_clock <= 32_768:
+            raise ValueError(
+                "fp16_tflops over sm_count and boost_mhz must lie in 64..32768 FLOP per SM and clock "
+                f"(is boost_mhz in GHz?), got {self.flops_per_clock:.4g}"
+            )
         if self.idle_w >= self.tdp_w:
             raise ValueError(f"idle_w must be below tdp_w = {self.tdp_w}, got {self.idle_w}")
         return self
+
+    @property
+    def flops_per_clock(self) -> float:
+        """Peak of an SM: FLOP per clock at the clock that the data sheet's peak assumes."""
+        return self.fp16_tflops * 1e6 / (self.sm_count * self.boost_mhz)
 
 
 class Host(Described):

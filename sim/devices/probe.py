@@ -12,7 +12,7 @@ from typing import Any
 from sim.describe.base import ConfigError, did_you_mean, load
 from sim.describe.devices import Csd, Fpga, Gpu, Link, Ssd
 from sim.devices import gpu as kernels
-from sim.devices import hbm
+from sim.devices import gpu_attention, hbm
 from sim.devices.drive import random_read_bandwidth, random_reads, read_bandwidth, write_bandwidth
 from sim.devices.flash import overwrite_amplification, read_limits, reclaim_s
 from sim.devices.gpu_check import errors
@@ -127,7 +127,7 @@ def _gpu(gpu: Gpu, profile: Path | None) -> list[Row]:
             _row(f"product {m} x {k} x {n}", 1e6 * kernel.seconds, "us", kernel.bound, f"{rate:.4g} TFLOP/s")
         )
     for batch, tokens in ((1, 4096), (64, 1024)):
-        kernel = kernels.attention_decode(gpu, batch, tokens, 32, 32, 128)
+        kernel = gpu_attention.decode(gpu, batch, tokens, 32, 32, 128)
         what = f"decode attention, batch {batch}, {tokens} tokens, 32 heads of 128"
         rows.append(_row(what, 1e6 * kernel.seconds, "us", kernel.bound))
     return rows

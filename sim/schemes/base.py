@@ -17,6 +17,7 @@ from sim.describe.machine import Machine
 from sim.describe.model import FP16_BYTES, Model
 from sim.describe.workload import Tuning, Workload
 from sim.devices import gpu as kernels
+from sim.devices import gpu_attention
 from sim.devices.limits import Bandwidth
 from sim.result import Residency
 
@@ -211,14 +212,12 @@ class GpuScheme(Scheme):
         """Seconds of one layer's attention on the GPU for `batch` sequences."""
         m, heads = self.model, self.model.heads // self.ways
         kv_heads = max(1, m.kv_heads // self.ways)
-        return kernels.attention_decode(self.gpu, batch, context + 1, heads, kv_heads, m.head_size).seconds
+        return gpu_attention.decode(self.gpu, batch, context + 1, heads, kv_heads, m.head_size).seconds
 
     def attention_prefill_of(self, batch: int, tokens: int) -> float:
         """Seconds of one layer's prefill attention on the GPU."""
         m = self.model
-        return kernels.attention_prefill(
-            self.gpu, batch, tokens, 0, m.heads // self.ways, m.head_size
-        ).seconds
+        return gpu_attention.prefill(self.gpu, batch, tokens, 0, m.heads // self.ways, m.head_size).seconds
 
     def close_layer(
         self, graph: Graph, after: tuple[float, str], ready: Iterable[int], tokens: float | None = None

@@ -88,13 +88,14 @@ def figures(machine: str, results: Sequence[RunResult], chosen: Sequence[RunResu
 def _roofline(gpu: Gpu, drive: Csd | None) -> Figure:
     from sim import plots
     from sim.devices import gpu as kernels
+    from sim.devices import gpu_attention
 
     points = {}
     for name, tokens in (("FFN, batch 1", 1), ("FFN, batch 64", 64), ("FFN, prefill of 2,048", 2048)):
         flops = 2.0 * tokens * HIDDEN * FFN
         size = 2.0 * (tokens * HIDDEN + HIDDEN * FFN + tokens * FFN)
         points[name] = (flops / size, flops / kernels.gemm(gpu, tokens, HIDDEN, FFN).seconds / 1e12)
-    seconds = kernels.attention_decode(gpu, 64, 1536, 40, 40, 128).seconds
+    seconds = gpu_attention.decode(gpu, 64, 1536, 40, 40, 128).seconds
     flops = 4.0 * 64 * 1536 * HIDDEN
     points["decode attention, batch 64"] = (1.0, flops / seconds / 1e12)
     return plots.roofline(gpu, points, drive.channels * drive.channel_gb_per_s if drive else None)

@@ -117,6 +117,8 @@ class Flash(Described):
     channel_gb_per_s: Positive
     read_us: Positive
     read_spread_us: NonNegative = assumed(0.0, FLASH)
+    page_types: Literal[2, 3, 4] = assumed(2, FLASH)
+    short_read_us: Positive | None = assumed(None, "4 KiB are sensed as long as a page")
     program_us: Positive
     erase_us: Positive
     capacity_gb: Positive
@@ -139,6 +141,12 @@ class Flash(Described):
             )
         if not 0.5 <= self.read_us <= 5_000:
             raise ValueError(f"read_us must lie in 0.5..5000 (microseconds), got {self.read_us}")
+        short = self.short_read_us or self.read_us
+        if not 0.5 <= short <= self.read_us or self.read_spread_us >= short:
+            raise ValueError(
+                "read_spread_us < short_read_us <= read_us must hold, "
+                f"got {self.read_spread_us}, {short} and {self.read_us}"
+            )
         if self.program_us < self.read_us or self.erase_us < self.program_us:
             raise ValueError(
                 f"read_us <= program_us <= erase_us must hold, got {self.read_us}, {self.program_us}, {self.erase_us}"
@@ -155,6 +163,7 @@ class Ssd(Flash):
     read_gb_per_s: Positive
     write_gb_per_s: Positive
     firmware_read_us: NonNegative
+    firmware_long_us: NonNegative | None = assumed(None, "as for short reads")
     active_w: Positive
     idle_w: NonNegative
     price_usd: Positive
@@ -212,6 +221,7 @@ class Fpga(Described):
     hbm_t_rfc_ns: NonNegative = assumed(260.0, "SIM-HBM")
     hbm_t_refi_ns: Positive = assumed(3900.0, "SIM-HBM")
     hbm_hit_ns: Positive = assumed(107.0, "reference/accllm.md section 3.4: idle latency, page hit")
+    hbm_closed_ns: Positive = assumed(122.0, "reference/accllm.md section 3.4: idle latency, bank closed")
     hbm_miss_ns: Positive = assumed(138.0, "reference/accllm.md section 3.4: idle latency, page miss")
     hbm_access_bytes: Count = assumed(1024, "SIM-HBM-ACCESS")
     hbm_outstanding: Count = assumed(16, "SIM-HBM-QD")
@@ -238,6 +248,11 @@ class Fpga(Described):
             raise ValueError(f"clock_mhz must lie in 10..1500, got {self.clock_mhz}")
         if self.hbm_gb_per_s > 5_000:
             raise ValueError(f"hbm_gb_per_s must be below 5000 (is it in Gb/s?), got {self.hbm_gb_per_s}")
+        if not self.hbm_hit_ns <= self.hbm_closed_ns <= self.hbm_miss_ns:
+            raise ValueError(
+                "hbm_hit_ns <= hbm_closed_ns <= hbm_miss_ns must hold, "
+                f"got {self.hbm_hit_ns}, {self.hbm_closed_ns} and {self.hbm_miss_ns}"
+            )
         if self.hbm_t_rfc_ns >= self.hbm_t_refi_ns:
             raise ValueError(
                 f"hbm_t_rfc_ns must be below hbm_t_refi_ns = {self.hbm_t_refi_ns}, got {self.hbm_t_rfc_ns}"

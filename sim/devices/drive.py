@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from sim.describe.devices import Link, Ssd
-from sim.devices.flash import first_page_us, program_limits, read_limits, short_read_limits
+from sim.devices.flash import SHORT_BYTES, first_page_us, program_limits, read_limits, short_read_limits
 from sim.devices.flash_pages import PageRun, closed_loop
 from sim.devices.limits import Bandwidth
 
@@ -14,7 +14,13 @@ def io_latency_us(ssd: Ssd, link: Link, kib: float | None = None) -> float:
     """Latency of one read of `kib` (default: the reader's IO size) on an idle drive, submission to completion."""
     size = (kib or ssd.io_kib) * 1024
     moved = size / (link.payload_gb_per_s * 1e3)
-    return ssd.firmware_read_us + first_page_us(ssd, size) + link.latency_us + moved + host_us(ssd, size)
+    return firmware_us(ssd, size) + first_page_us(ssd, size) + link.latency_us + moved + host_us(ssd, size)
+
+
+def firmware_us(ssd: Ssd, size_bytes: float) -> float:
+    """Time of the controller's firmware on one read."""
+    long = ssd.firmware_long_us if size_bytes > SHORT_BYTES else None
+    return ssd.firmware_read_us if long is None else long
 
 
 def host_us(ssd: Ssd, size_bytes: float) -> float:

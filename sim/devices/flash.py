@@ -5,7 +5,8 @@ C channels, n dies per channel, p planes read together, P page bytes, tcmd comma
 - channel:  C * p * P / (tcmd + p * tx)
 - array, pipelined data-out: C * n * p * P / (tcmd + tR + p * tx)
 - array, waiting data-outs served before any new command: C * n * p * P / (tcmd + tR + n * p * tx) where every
-  read takes as long; page types and retries take dies out of step: `flash_channel.unsteady_round_us` has their round
+  read takes as long; page types, retries and long commands take dies out of step: `flash_channel.unsteady_round_us`
+  has their round
 - cache read (the next page senses while one is in the cache register): C * n * p * P / max(tR, tcmd + p * tx)
 
 `sim.devices.flash_pages` simulates every page and must meet these in their regimes.
@@ -17,7 +18,7 @@ import math
 from functools import lru_cache
 
 from sim.describe.devices import Flash
-from sim.devices.flash_channel import Bus, Sensing, unsteady_round_us
+from sim.devices.flash_channel import Bus, Sensing, round_us
 from sim.devices.limits import Bandwidth
 
 
@@ -39,13 +40,11 @@ def units(flash: Flash) -> int:
 
 def short_read_limits(flash: Flash, size_bytes: float) -> Bandwidth:
     """Bandwidth of random reads of `size_bytes` with every die busy: pages of a read are sensed one by one."""
-    useful = min(size_bytes, flash.page_bytes)
-    out, tcmd = partial_us(flash, size_bytes), flash.command_us
-    pipelined = flash.arbitration == "pipelined"
-    alone = tcmd + sense_us(flash) + out * (1 if pipelined else units(flash) / flash.channels)
+    useful, per_channel = min(size_bytes, flash.page_bytes), units(flash) // flash.channels
+    bus = Bus(flash.command_us, partial_us(flash, size_bytes), flash.arbitration == "pipelined")
     limits = {
-        "flash array": units(flash) * useful / 1e3 / alone,
-        "flash channel with commands": flash.channels * useful / 1e3 / (tcmd + out),
+        "flash array": units(flash) * useful / 1e3 / round_us(bus, per_channel, sensing(flash, size_bytes)),
+        "flash channel with commands": flash.channels * useful / 1e3 / (bus.command_us + bus.out_us),
     }
     return Bandwidth("flash short read", limits)
 
@@ -55,14 +54,25 @@ def planes(flash: Flash) -> int:
     return flash.planes_per_die if flash.multi_plane else 1
 
 
-def sense_us(flash: Flash) -> float:
+SHORT_BYTES = 4096
+"""Reads up to this size may be sensed faster (`Flash.short_read_us`) and take the short path of the firmware."""
+
+
+def array_us(flash: Flash, size_bytes: float | None = None) -> float:
+    """Array time of a read of `size_bytes` (default: a page) without retries."""
+    short = size_bytes is not None and size_bytes <= SHORT_BYTES < flash.page_bytes
+    return flash.short_read_us if short and flash.short_read_us else flash.read_us
+
+
+def sense_us(flash: Flash, size_bytes: float | None = None) -> float:
     """Mean array time of a read, retries included."""
-    return flash.read_us * (1 + sum(flash.retry_rate**n for n in range(1, flash.retry_max + 1)))
+    return sensing(flash, size_bytes).mean_us
 
 
-def sensing(flash: Flash) -> Sensing:
+def sensing(flash: Flash, size_bytes: float | None = None) -> Sensing:
     """How long this flash senses, read by read."""
-    return Sensing(flash.read_us, flash.read_spread_us, flash.retry_rate, flash.retry_max)
+    array, spread = array_us(flash, size_bytes), flash.read_spread_us
+    return Sensing(array, spread, flash.retry_rate, flash.retry_max, flash.page_types)
 
 
 def bus_of(flash: Flash, together: int) -> Bus:
@@ -71,17 +81,9 @@ def bus_of(flash: Flash, together: int) -> Bus:
     return Bus(flash.command_us, out, flash.arbitration == "pipelined", flash.cache_read)
 
 
-def _round_us(flash: Flash) -> float:
-    """Time in which every die of a channel gives the pages of one command, no other limit binding."""
-    p, tx, n = planes(flash), transfer_us(flash), flash.dies_per_channel
-    if flash.cache_read:
-        return max(sense_us(flash), flash.command_us + p * tx)
-    alone = flash.command_us + sense_us(flash)
-    if flash.arbitration == "pipelined":
-        return alone + p * tx
-    if sensing(flash).fixed:
-        return alone + n * p * tx
-    return unsteady_round_us(bus_of(flash, p), n, sensing(flash))
+def even_round_us(flash: Flash) -> float:
+    """Time in which every die of a channel gives the pages of one sequential command, no other limit binding."""
+    return round_us(bus_of(flash, planes(flash)), flash.dies_per_channel, sensing(flash))
 
 
 def read_limits(flash: Flash) -> Bandwidth:
@@ -91,7 +93,7 @@ def read_limits(flash: Flash) -> Bandwidth:
         flash.channels * planes(flash) * flash.page_bytes / 1e3,
     )
     limits = {
-        "flash array": flash.dies_per_channel * per_channel / _round_us(flash),
+        "flash array": flash.dies_per_channel * per_channel / even_round_us(flash),
         "flash channel with commands": per_channel / (flash.command_us + out),
         "flash channel": per_channel / out,
     }
@@ -162,7 +164,7 @@ def scattered_limits(flash: Flash, pages: float, drives: int = 1) -> Bandwidth:
     if flash.arbitration == "transfer-first" and not flash.cache_read:
         # The fullest die sets the number of rounds; data-outs take the bus no longer than evenly filled.
         out = flash.dies_per_channel * planes(flash) * transfer_us(flash)
-        rounds = on_dies * max(_round_us(flash) - out, 0.0)
+        rounds = on_dies * max(even_round_us(flash) - out, 0.0)
         array = dies * planes(flash) * flash.page_bytes / 1e3 / (rounds + out)
     limits = {
         "flash array, fullest die": array,
@@ -198,7 +200,8 @@ def reclaim_s(flash: Flash, size_bytes: float) -> float:
 
 def first_page_us(flash: Flash, size_bytes: float | None = None) -> float:
     """Latency of one page read (or of part of it) alone, from command to last byte on the channel."""
-    return flash.command_us + sense_us(flash) + partial_us(flash, size_bytes or flash.page_bytes)
+    size = size_bytes or flash.page_bytes
+    return flash.command_us + sense_us(flash, size) + partial_us(flash, size)
 
 
 def overwrite_amplification(flash: Flash, filled: float = 1.0) -> float:

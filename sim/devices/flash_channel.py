@@ -16,26 +16,34 @@ from functools import lru_cache
 
 @dataclass(frozen=True)
 class Sensing:
-    """Array time of a read: mean +- spread by page type, and whole re-reads by chance."""
+    """Array time of a read: mean +- spread by page type (even steps where there are more than two), and whole re-reads
+    by chance."""
 
     read_us: float
     spread_us: float
     retry_rate: float
     retry_max: int
+    page_types: int = 2
 
     @property
     def fixed(self) -> bool:
         """Whether every read takes the same time."""
         return not self.spread_us and not self.retry_rate
 
+    @property
+    def mean_us(self) -> float:
+        """Mean, retries included."""
+        return self.read_us * (1 + sum(self.retry_rate**n for n in range(1, self.retry_max + 1)))
+
     def times_us(self, rng: random.Random) -> Callable[[], float]:
         """A generator of array times."""
         if self.fixed:
             return lambda: self.read_us
-        chance = rng.random
+        chance, types = rng.random, self.page_types
+        array = [self.read_us + self.spread_us * (1 - 2 * n / (types - 1)) for n in range(types)]
 
         def draw() -> float:
-            sense = self.read_us + (self.spread_us if chance() < 0.5 else -self.spread_us)
+            sense = array[int(chance() * types)]
             tries = 1
             while tries <= self.retry_max and chance() < self.retry_rate:
                 tries += 1
@@ -87,6 +95,19 @@ def run_channel(bus: Bus, queues: list[int], sense: Callable[[], float], latenci
         elif left[die]:
             waiting.append(die)
     return free
+
+
+def round_us(bus: Bus, dies: int, sensing: Sensing) -> float:
+    """Time in which every die of a channel gives one command's data, no other limit binding."""
+    if bus.cached:
+        return max(sensing.mean_us, bus.command_us + bus.out_us)
+    alone = bus.command_us + sensing.mean_us
+    if bus.commands_first:
+        return alone + bus.out_us
+    # Commands that take long stagger the dies as much as unequal reads do.
+    if sensing.fixed and dies * bus.command_us <= 0.5 * sensing.mean_us:
+        return alone + dies * bus.out_us
+    return unsteady_round_us(bus, dies, sensing)
 
 
 COMMANDS, LEAST_ROUNDS = 4096, 256

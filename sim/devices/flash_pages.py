@@ -168,7 +168,7 @@ class _ClosedLoop:
     ) -> None:
         self.flash, self.left, self.overhead_us, self.gap_us = flash, reads, overhead_us, gap_us
         self.rng = random.Random(seed)
-        self.sense = sensing(flash).times_us(self.rng)
+        self.sense = sensing(flash, size_bytes).times_us(self.rng)
         self.pages, self.out_us = -(-size_bytes // flash.page_bytes), partial_us(flash, size_bytes)
         count = units(flash)
         self.per_channel = count // flash.channels

@@ -102,7 +102,11 @@ def _life_days(drive: Ssd, link: Link) -> float:
 
 
 def _hbm(card: Fpga, depth: int) -> list[Row]:
-    rows = []
+    rows = [
+        _row("idle read, row open", card.hbm_hit_ns, "ns"),
+        _row("idle read, bank closed", card.hbm_closed_ns, "ns"),
+        _row("idle read, another row open", card.hbm_miss_ns, "ns"),
+    ]
     for size in HBM_SIZES:
         limits = hbm.read_limits(card, size, depth)
         rows.append(_bound(f"random reads of {size} B, {depth} outstanding per channel", limits))

@@ -66,6 +66,41 @@ def test_limits_by_hand():
     )
 
 
+@pytest.mark.parametrize("arbitration", ["pipelined", "transfer-first"])
+@pytest.mark.parametrize("dies", [1, 2, 3, 8, 32])
+@pytest.mark.parametrize("page_bytes", [2048, 4096, 16_384, 65_536])
+@pytest.mark.parametrize("planes", [1, 4])
+def test_both_arbitrations_meet_their_formula_over_dies_and_pages(arbitration, dies, page_bytes, planes):
+    flash = drive(
+        arbitration=arbitration,
+        dies_per_channel=dies,
+        page_bytes=page_bytes,
+        planes_per_die=planes,
+        channels=2,
+    )
+    tx, size = page_bytes / 1.4e3, 2 * planes * page_bytes / 1e3
+    waits = dies if arbitration == "transfer-first" else 1
+    array = dies * size / (0.3 + 62.5 + waits * planes * tx)
+    limit = min(array, size / (0.3 + planes * tx))
+    assert read_limits(flash).gb_per_s == pytest.approx(limit, rel=1e-3)
+    assert stream(flash, 2 * dies * planes * 300).gb_per_s(page_bytes) == pytest.approx(limit, rel=0.015)
+
+
+def test_long_commands_take_dies_out_of_step():
+    flash = drive(
+        arbitration="transfer-first",
+        dies_per_channel=2,
+        command_us=20.0,
+        read_us=25.0,
+        channels=1,
+        page_bytes=2048,
+    )
+    lock_step = 2 * 2 * 2.048 / (20 + 25 + 2 * 2 * transfer_us(flash))
+    run = stream(flash, 4_000).gb_per_s(2048)
+    assert read_limits(flash).gb_per_s == pytest.approx(run, rel=0.01)
+    assert run > 1.04 * lock_step
+
+
 def test_the_two_arbitrations_differ_by_what_respected_simulators_differ():
     pipelined, waiting = (
         stream(drive(arbitration=a), PAGES).gb_per_s(4096) for a in ("pipelined", "transfer-first")
@@ -187,6 +222,13 @@ def test_page_types_make_two_latencies_and_retries_a_tail():
     assert base <= {round(s, 3) for s in seen}
     assert sum(seen) / len(seen) == pytest.approx(flash.read_us * (1 + 0.02 / 0.98), rel=0.01)
     assert max(seen) <= (flash.read_us + 6) * (1 + flash.retry_max)
+
+
+def test_three_page_types_make_three_latencies():
+    flash = load(Ssd, "femu-tlc")
+    draw = sensing(flash).times_us(random.Random(1))
+    seen = [round(draw(), 3) for _ in range(9_000)]
+    assert {n: 2_700 < seen.count(n) < 3_300 for n in set(seen)} == {55.25: True, 80.0: True, 104.75: True}
 
 
 def test_retries_cost_their_rate_and_what_the_unluckiest_die_adds():

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from sim.describe.base import ConfigError, load
+from sim.describe.base import ConfigError, listed, load
 from sim.describe.devices import Gpu, Link, Ssd
 from sim.devices.drive import random_read_bandwidth, random_reads
 from sim.devices.flash import overwrite_amplification
@@ -29,6 +29,39 @@ def test_published_random_reads_of_a_consumer_drive():
     alone, binding = kiops("980-pro-2tb", 1)
     assert 1e3 / 80 <= alone <= 1e3 / 50
     assert binding == "queue depth"
+
+
+@pytest.mark.parametrize(
+    ("drive", "kib", "microseconds"),
+    [
+        # Firmware, array, codewords on the bus, command; published parameters of the models that respected
+        # simulators hold, in the order of reference/flash.md.
+        ("970-pro-1tb", 4, 21.5 + 35.76 + 4096 / 800 + 0.3),
+        ("970-pro-1tb", 32, 30.49 + 36.013 + 32_768 / 800 + 0.3),
+        ("zn540", 4, 20 + 50 + 4096 / 450 + 0.3),
+        ("zn540", 32, 13 + 58 + 32_768 / 450 + 0.3),
+        ("zns-prototype", 4, 32.15 + 25.485 + 4096 / 800 + 0.3),
+        ("zns-prototype", 64, 32.15 + 40.95 + 65_536 / 800 + 0.3),
+        ("femu", 4, 40 + 4096 / 10_000),
+    ],
+)
+def test_a_read_alone_takes_what_its_parts_take(drive, kib, microseconds):
+    ssd = load(Ssd, drive).replaced(host_us_per_io=0.0, read_spread_us=0.0)
+    link = load(Link, ssd.link)
+    alone = random_reads(ssd, link, kib, 1, reads=50).percentile_us(0.5)
+    assert alone == pytest.approx(microseconds + 1.0 + kib * 1.024 / link.payload_gb_per_s)
+
+
+@pytest.mark.parametrize("drive", listed("ssd"))
+@pytest.mark.parametrize("arbitration", ["pipelined", "transfer-first"])
+def test_random_reads_stay_below_their_limits_and_grow_with_depth(drive, arbitration):
+    ssd = load(Ssd, drive).replaced(arbitration=arbitration)
+    link, rates = load(Link, ssd.link), []
+    for depth in (1, 4, 16, 64):
+        run = random_reads(ssd, link, 4.0, depth, threads=16, reads=16_000)
+        rates.append(len(run.latencies_us) / run.seconds * 4096)
+        assert rates[-1] <= 1.01 * random_read_bandwidth(ssd, link, 4.0, depth, 16).bytes_per_s
+    assert all(after >= 0.97 * before for before, after in zip(rates, rates[1:]))
 
 
 def test_one_thread_is_bound_by_its_software():

@@ -81,14 +81,15 @@ def _page_rates(scheme: Scheme, graph: Graph) -> dict[str, float]:
     known: dict[tuple[str, float], float | None] = {}
     for pipe in scheme.pipes:
         caps = []
-        for task in (t for t in graph.tasks if pipe in t.path and t.size_bytes > 0):
+        for task in (t for t in graph.tasks if pipe in t.path and t.size_bytes > 0 and t.counted):
             key = (pipe, task.size_bytes)
             seconds = known[key] if key in known else known.setdefault(key, scheme.page_seconds(*key))
             if seconds is not None:
                 task.latency_s = 0.0
                 task.cap_bytes_per_s = task.size_bytes / seconds
                 caps.append(task.cap_bytes_per_s)
-        rates[pipe] = max(caps, default=rates[pipe])
+        # Programs beside the reads have what these leave of the flash, at both fidelities.
+        rates[pipe] = max([rates[pipe], *caps])
     return rates
 
 

@@ -15,7 +15,6 @@ C channels, n dies per channel, p planes read together, P page bytes, tcmd comma
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 from sim.describe.devices import Flash
 from sim.devices.flash_channel import Bus, Sensing, round_us
@@ -98,79 +97,6 @@ def read_limits(flash: Flash) -> Bandwidth:
         "flash channel": per_channel / out,
     }
     return Bandwidth("flash read", limits)
-
-
-MANY = 40
-"""Mean load from which the fullest bin is taken from the normal approximation."""
-
-
-def expected_excess(bins: int, balls: float) -> float:
-    """Expected (max - mean) / mean of `balls` thrown into `bins`; 0 for a single bin.
-
-    Loads of few balls are summed (bins as independent binomials, the fullest holding at least one); those of many
-    follow the mean maximum of `bins` standard normals (Gumbel limit).
-    """
-    if bins < 2 or balls <= 0:
-        return 0.0
-    mean = balls / bins
-    if mean <= MANY:
-        return max(0.0, _fullest(bins, max(1, round(balls))) / mean - 1)
-    root = math.sqrt(2 * math.log(bins))
-    z = (
-        root - (math.log(math.log(bins)) + math.log(4 * math.pi)) / (2 * root) + 0.5772 / root
-        if bins > 3
-        else 0.7
-    )
-    return z * math.sqrt(bins / balls)
-
-
-@lru_cache(maxsize=4096)
-def _fullest(bins: int, balls: int) -> float:
-    """Expected load of the fullest of `bins` after `balls` throws."""
-    share, total, load = 1 / bins, 1.0, 0
-    term = (1 - share) ** balls
-    below = term
-    while load < balls:
-        load += 1
-        term *= (balls - load + 1) / load * share / (1 - share)
-        below += term
-        beyond = 1 - min(below, 1.0) ** bins
-        total += beyond
-        if beyond < 1e-6 and load > balls * share:
-            break
-    return total
-
-
-def start_s(flash: Flash, limits: Bandwidth, size_bytes: float) -> float:
-    """What the first page adds to a read that `limits` let through: nothing where dies bind, for they sense all the
-    while, and up to command and sense where the channel does."""
-    array, channel = (
-        max(size_bytes / (v * 1e9) for k, v in limits.limits.items() if (" array" in k) == on)
-        for on in (True, False)
-    )
-    sensed = (flash.command_us + sense_us(flash)) * 1e-6
-    return min(sensed, max(0.0, sensed + channel - max(array, channel)))
-
-
-def scattered_limits(flash: Flash, pages: float, drives: int = 1) -> Bandwidth:
-    """Read bandwidth of `drives` drives for one selection of `pages` pages on random dies: the fullest die (or
-    channel) ends last. Large selections even out; small ones do not."""
-    commands = pages / planes(flash)
-    even = read_limits(flash).limits
-    dies = drives * flash.channels * flash.dies_per_channel
-    on_dies = 1 + expected_excess(dies, commands)
-    on_channels = 1 + expected_excess(drives * flash.channels, commands)
-    array = drives * even["flash array"] / on_dies
-    if flash.arbitration == "transfer-first" and not flash.cache_read:
-        # The fullest die sets the number of rounds; data-outs take the bus no longer than evenly filled.
-        out = flash.dies_per_channel * planes(flash) * transfer_us(flash)
-        rounds = on_dies * max(even_round_us(flash) - out, 0.0)
-        array = dies * planes(flash) * flash.page_bytes / 1e3 / (rounds + out)
-    limits = {
-        "flash array, fullest die": array,
-        "flash channel, fullest": drives * even["flash channel with commands"] / on_channels,
-    }
-    return Bandwidth("flash read of a selection", limits)
 
 
 def program_limits(flash: Flash) -> Bandwidth:

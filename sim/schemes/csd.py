@@ -16,8 +16,9 @@ from sim.describe.devices import Csd
 from sim.describe.model import FP16_BYTES
 from sim.devices.csd import AttentionUnit, KvReads, attention_unit
 from sim.devices.drive import write_bandwidth
-from sim.devices.flash import program_load, read_limits, scattered_limits, start_s
+from sim.devices.flash import program_load, read_limits
 from sim.devices.flash_pages import scattered, stream
+from sim.devices.flash_reads import even_read_s, scattered_read_s
 from sim.devices.limits import Bandwidth
 from sim.result import Residency
 from sim.schemes.base import GB, GpuScheme
@@ -120,14 +121,9 @@ class CsdDense(GpuScheme):
         """Seconds of the page engine for `pages` pages over all drives."""
         return stream(self.csd, math.ceil(pages / self.machine.csd_count)).seconds
 
-    def read_rate_cap(self, size_bytes: float) -> float:
-        """Bytes/s that a read of this size can reach; dense reads are striped evenly."""
-        return math.inf
-
-    def array_limits(self, size_bytes: float) -> Bandwidth:
-        """Limits of dies and channels on a read of this size, all drives together."""
-        even = read_limits(self.csd)
-        return Bandwidth(even.what, {k: v * self.machine.csd_count for k, v in even.limits.items()})
+    def read_s(self, pages: float) -> float:
+        """Seconds of a read of `pages` pages over all drives, nothing else on them; dense reads are striped evenly."""
+        return even_read_s(self.csd, pages, self.machine.csd_count)
 
     def reads(self, context: int) -> KvReads:
         """What one layer's attention reads and computes over all drives in a step."""
@@ -170,9 +166,9 @@ class CsdDense(GpuScheme):
     def attend(self, graph: Graph, context: int, sent: int) -> list[int]:
         """Flash reads and the unit's work of one layer; returns what the outputs wait for."""
         reads, unit = self.reads(context), self.unit
-        ramp = start_s(self.csd, self.array_limits(reads.size_bytes), reads.size_bytes)
-        cap = self.read_rate_cap(reads.size_bytes)
-        read = graph.move("read kv", "kv access", ("csd flash",), reads.size_bytes, [sent], cap, ramp)
+        size = reads.size_bytes
+        cap = size / self.read_s(size / self.csd.page_bytes) if size else math.inf
+        read = graph.move("read kv", "kv access", ("csd flash",), size, [sent], cap)
         count = self.machine.csd_count
         done = [read]
         if beside := unit.overlapped_seconds(reads, count):
@@ -220,11 +216,8 @@ class CsdSparf(CsdDense):
         runs = [scattered(self.csd, pages, self.machine.csd_count, seed) for seed in range(draws)]
         return sum(r.seconds for r in runs) / draws
 
-    def read_rate_cap(self, size_bytes: float) -> float:
-        return self.array_limits(size_bytes).bytes_per_s
-
-    def array_limits(self, size_bytes: float) -> Bandwidth:
-        return scattered_limits(self.csd, size_bytes / self.csd.page_bytes, self.machine.csd_count)
+    def read_s(self, pages: float) -> float:
+        return scattered_read_s(self.csd, pages, self.machine.csd_count)
 
     def numerics(self) -> str:
         return f"float/float/float/sparf:{self.marked_channels},{self.workload.sparsity:g}"

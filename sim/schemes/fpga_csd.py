@@ -16,8 +16,9 @@ from sim.describe.model import FP16_BYTES
 from sim.devices import fpga as engine
 from sim.devices.csd import AttentionUnit, KvReads, attention_unit
 from sim.devices.drive import write_bandwidth
-from sim.devices.flash import program_load, read_limits, start_s
+from sim.devices.flash import program_load, read_limits
 from sim.devices.flash_pages import stream
+from sim.devices.flash_reads import even_read_s
 from sim.devices.limits import Bandwidth
 from sim.result import Residency
 from sim.schemes.base import GB, link_bandwidth
@@ -103,9 +104,8 @@ class FpgaCsd(FpgaEngine):
         size = w.batch * older * m.kv_bytes_per_token_layer
         scores = float(w.batch * m.heads * older)
         reads = KvReads(float(size), w.batch * m.kv_heads, 4 * scores * m.head_size, scores)
-        even, count = read_limits(csd), self.machine.csd_count
-        ramp = start_s(csd, Bandwidth(even.what, {k: v * count for k, v in even.limits.items()}), float(size))
-        read = graph.move("read kv", "kv access", ("csd flash",), size, [sent], latency_s=ramp)
+        cap = size / even_read_s(csd, size / csd.page_bytes, self.machine.csd_count)
+        read = graph.move("read kv", "kv access", ("csd flash",), size, [sent], cap)
         waits = [sent] if unit.streams else [read]
         busy = graph.work(
             "attend", "csd compute", "csd unit", unit.seconds(reads, self.machine.csd_count), waits

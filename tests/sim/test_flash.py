@@ -12,16 +12,15 @@ from sim.describe.base import load
 from sim.describe.devices import Csd, Link, Ssd
 from sim.devices.drive import file_read_bandwidth, read_bandwidth
 from sim.devices.flash import (
-    expected_excess,
     first_page_us,
     program_load,
     read_limits,
-    scattered_limits,
     sense_us,
     sensing,
     transfer_us,
 )
 from sim.devices.flash_pages import closed_loop, mixed, scattered, stream
+from sim.devices.flash_reads import even_read_s, expected_excess, scattered_read_s
 
 DRIVE = load(Csd, "instcsd")
 PAGES = 40_000
@@ -160,13 +159,13 @@ def test_the_page_engine_agrees_with_one_simpy_process_per_die(changes):
 def test_a_scattered_selection_ends_with_its_fullest_die(changes, pages):
     flash = drive(**changes)
     seconds = [scattered(flash, pages, seed=s).seconds for s in range(4)]
-    modelled = pages * flash.page_bytes / scattered_limits(flash, pages).bytes_per_s
-    assert sum(seconds) / 4 == pytest.approx(modelled, rel=0.05)
+    assert sum(seconds) / 4 == pytest.approx(scattered_read_s(flash, pages), rel=0.05)
     assert min(seconds) > stream(flash, pages).seconds
 
 
 def test_small_selections_lose_more_to_uneven_dies_than_large_ones():
-    rates = [scattered_limits(DRIVE, pages).gb_per_s for pages in (500, 5_000, 50_000, 500_000)]
+    sizes = (500, 5_000, 50_000, 500_000)
+    rates = [n * DRIVE.page_bytes / scattered_read_s(DRIVE, n) / 1e9 for n in sizes]
     assert rates == sorted(rates)
     assert rates[0] < 0.5 * read_limits(DRIVE).gb_per_s
     assert rates[-1] > 0.95 * read_limits(DRIVE).gb_per_s
@@ -292,3 +291,25 @@ def test_programs_take_the_place_of_reads_on_the_dies(program_us, programs):
 def test_a_mixed_run_without_programs_is_a_stream():
     drive = load(Csd, "instcsd")
     assert mixed(drive, 40_000, 0).seconds == pytest.approx(stream(drive, 40_000).seconds, rel=1e-9)
+
+
+CHANGES = {
+    "dies_per_channel": [1, 2, 4, 8, 16, 32], "channels": [1, 4, 8, 16], "retry_rate": [0.0, 0.003, 0.05],
+    "arbitration": ["pipelined", "transfer-first"], "read_spread_us": [0.0, 6.0], "planes_per_die": [1, 2, 4],
+    "cache_read": [False, False, True], "page_bytes": [4096, 16_384],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_small_reads_of_any_drive_take_what_their_pages_take(seed):
+    rng, even, selected = random.Random(seed), [], []
+    for _ in range(25):
+        flash = drive(**{field: rng.choice(values) for field, values in CHANGES.items()})
+        pages, drives = int(10 ** rng.uniform(1, 3.5)), rng.choice([1, 2, 4])
+        runs = [stream(flash, -(-pages // drives), s).seconds for s in range(4)]
+        even.append(even_read_s(flash, pages, drives) / (sum(runs) / 4) - 1)
+        runs = [scattered(flash, pages, drives, s).seconds for s in range(12)]
+        selected.append(scattered_read_s(flash, pages, drives) / (sum(runs) / 12) - 1)
+    for errors, mean, worst in ((even, 0.03, 0.2), (selected, 0.07, 0.25)):
+        assert sum(map(abs, errors)) / len(errors) <= mean
+        assert max(map(abs, errors)) <= worst

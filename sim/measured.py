@@ -3,10 +3,11 @@
 A file holds {"spec_version", "block", "config", "clock_mhz", "rows": [{"name", "shape", "cycles", "bound_cycles",
 "bytes", "commands" (1 where left out), ...}]}, one block and configuration each. `bound_cycles` is what the block's
 memory or channel rate allows, so `cycles = slope * bound_cycles + fixed` separates what scales with traffic from what
-is paid per command. "storage_unit_sparf" holds SparF batches of the whole in-storage unit. A table of the block
-"engine_layer" holds whole decoder layers of a decode step, whose form has more terms (`fit_layer`). A table may say by
-which "method" its cycles came, else every row is a run of the RTL. The fit's residual is reported with every result
-that uses it; nothing here is typed in.
+is paid per command. A table of the block "engine_layer" holds whole decoder layers of a decode step, whose form has
+more terms (`fit_layer`). "storage_unit_sparf" holds the "times" of the in-storage unit's blocks, from which SparF
+batches follow page by page (`unit_times`), beside runs of the RTL that say how well. A table may say by which "method"
+its cycles came, else every row is a run of the RTL. A fit's residual is reported with every result that uses it;
+nothing here is typed in.
 """
 
 from __future__ import annotations
@@ -83,6 +84,47 @@ class LayerFit:
 
 def _source_row(block: str, config: str, value: str, source: str) -> dict[str, Any]:
     return {"device": f"rtl/{block}/{config}", "field": "cycles", "value": value, "source": source}
+
+
+@dataclass(frozen=True)
+class BlockTimes:
+    """Cycles of a unit's blocks, from which `golden.storage.batch` follows a batch page by page."""
+
+    block: str
+    config: str
+    times: tuple[tuple[str, int], ...]
+    points: int
+    worst_residual: float
+    """Of the recurrence against the RTL on the same pages."""
+
+    def provenance(self) -> dict[str, Any]:
+        """Row for the list of assumptions and sources of a result."""
+        source = f"{ON_RTL}: {self.points} batches, worst residual {100 * self.worst_residual:.2f}%"
+        return _source_row(self.block, self.config, "page by page (golden.storage.batch)", source)
+
+
+def unit_times(block: str, directory: Path | None = None) -> BlockTimes:
+    """The block times of a table that holds them.
+
+    Raises CalibrationError where there is none, or it is stale or malformed.
+    """
+    return _unit_times(block, directory or CALIBRATION)
+
+
+@lru_cache(maxsize=16)
+def _unit_times(block: str, directory: Path) -> BlockTimes:
+    for table in map(_table, sorted(directory.glob("*.json"))):
+        if table["block"] == block:
+            if not table.get("times"):
+                raise CalibrationError(
+                    f"the table of {block} lacks times of its blocks: run `make calibrate`"
+                )
+            rows = [r for r in table["rows"] if "recurrence_cycles" in r]
+            worst = max((abs(r["recurrence_cycles"] / r["cycles"] - 1) for r in rows), default=0.0)
+            return BlockTimes(block, table["config"], tuple(table["times"].items()), len(rows), worst)
+    raise CalibrationError(
+        f"no block times of {block} under sim/calibration: run `make calibrate` to measure them on the RTL"
+    )
 
 
 def fit(blocks: tuple[str, ...], x: str = "bound_cycles", directory: Path | None = None) -> CycleFit:

@@ -1,8 +1,8 @@
 """The durable store of a sweep: one SQLite file, a row per point, committed as it comes.
 
 A point's key is the hash of everything its result depends on: the point, the fidelity, the spec version, the code and
-presets of `sim`, the measured cycles, and any file that the point names. So a resumed sweep skips what is stored, and
-an edited preset or a new calibration computes anew instead of mixing.
+presets of `sim`, the recurrences it runs, the measured cycles, and any file that the point names. So a resumed sweep
+skips what is stored, and an edited preset or a new calibration computes anew instead of mixing.
 """
 
 from __future__ import annotations
@@ -30,13 +30,15 @@ class StoreError(KVStrataError):
 
 
 PACKAGE = Path(__file__).resolve().parent
+RECURRENCE = [PACKAGE.parent / "golden" / "storage" / name for name in ("batch.py", "layout.py")]
+"""What the system model runs of the golden models."""
 
 
 def inputs_hash() -> str:
-    """Hash of the package's code, presets and data, and of every measured table."""
+    """Hash of the package's code, presets and data, of every measured table, and of the recurrences that it runs."""
     digest = hashlib.sha256(SPEC_VERSION.encode())
     packaged = [p for p in PACKAGE.rglob("*") if p.suffix in (".py", ".toml", ".csv")]
-    for path in sorted(packaged) + sorted(measured.CALIBRATION.glob("*.json")):
+    for path in sorted(packaged) + sorted(measured.CALIBRATION.glob("*.json")) + RECURRENCE:
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 

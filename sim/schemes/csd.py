@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any, ClassVar
 
+from golden.spec.storage import CHANNELS_PER_PAGE, HEAD_SIZES
 from sim.core.graph import SETUP, Graph
 from sim.describe.base import ConfigError
 from sim.describe.devices import Csd
@@ -20,6 +21,7 @@ from sim.devices.flash import program_load, read_limits
 from sim.devices.flash_pages import scattered, stream
 from sim.devices.flash_reads import even_read_s, scattered_read_s
 from sim.devices.limits import Bandwidth
+from sim.devices.storage_unit import Selection
 from sim.result import Residency
 from sim.schemes.base import GB, GpuScheme
 
@@ -171,6 +173,8 @@ class CsdDense(GpuScheme):
         read = graph.move("read kv", "kv access", ("csd flash",), size, [sent], cap)
         count = self.machine.csd_count
         done = [read]
+        if ordered := unit.reading_seconds(reads, count):
+            done.append(graph.work("read in order", "kv access", "csd reads", ordered, [sent]))
         if beside := unit.overlapped_seconds(reads, count):
             done.append(graph.work("softmax", "csd compute", "csd softmax", beside, [sent]))
         after = [sent] if unit.streams else done
@@ -236,7 +240,16 @@ class CsdSparf(CsdDense):
         scores = float(self.workload.batch * self.model.heads * (context + 1))
         dots = scores * (2 * self.marked_channels + 4 * s * self.model.head_size)
         size = dense.size_bytes / 2 * (channels + 2 * tokens)
-        return KvReads(size, dense.commands, dot_flops=dots, softmax_values=scores * (1 + s))
+        on_flash = float(context // self.group_tokens * self.group_tokens)
+        return KvReads(size, dense.commands, dots, scores * (1 + s), on_flash, self._selection(tokens))
+
+    def _selection(self, page_share: float) -> Selection:
+        """For the unit, which takes heads of 64 or 128 and 2, 4 or 8 channels to a page: the next size up."""
+        m, head_size = self.model, next((n for n in HEAD_SIZES if n >= self.model.head_size), HEAD_SIZES[-1])
+        marked = max(1, round(self.workload.sparsity * head_size))
+        per_page = min(CHANNELS_PER_PAGE, key=lambda n: abs(n - self.csd.channels_per_page))
+        queries = max(1, m.heads // m.kv_heads)
+        return Selection(head_size, marked, per_page, self.workload.sparsity, page_share, queries)
 
     def policy(self) -> dict[str, Any]:
         channels, tokens = self.page_shares()

@@ -1,5 +1,6 @@
 """Fixtures: measured cycles of a made-up RTL run, so that these tests do not depend on what has been calibrated."""
 
+import dataclasses
 import json
 
 import pytest
@@ -50,6 +51,27 @@ def layers():
     return {**header, "method": "made up", "rows": rows}
 
 
+def sparf():
+    """A table of made-up block times, beside one run that the recurrence would meet."""
+    from golden.storage.batch import UnitTimes
+
+    times = {f.name: 20 for f in dataclasses.fields(UnitTimes)}
+    times |= {
+        name: value for name, value in (("slots", 8), ("ahead", 4), ("ring_beats", 1020)) if name in times
+    }
+    rows = table("storage_unit_sparf", 1.08, 900.0)
+    return rows | {
+        "times": times,
+        "rows": [row | {"recurrence_cycles": row["cycles"]} for row in rows["rows"]],
+    }
+
+
+@pytest.fixture
+def sparf_table():
+    """`sparf`, for tests that write tables of their own."""
+    return sparf
+
+
 @pytest.fixture
 def layer_table():
     """`layers`, for tests that write tables of their own."""
@@ -66,6 +88,7 @@ def cycle_table():
 def calibration(tmp_path, monkeypatch):
     """A calibration directory with the least that schemes need; returns its path."""
     (tmp_path / "layer.json").write_text(json.dumps(layers()))
+    (tmp_path / "sparf.json").write_text(json.dumps(sparf()))
     (tmp_path / "attention.json").write_text(json.dumps(table("attention_head", 1.02, 200.0)))
     (tmp_path / "matrix.json").write_text(json.dumps(table("mv_core", 1.01, 60.0, 225.0)))
     monkeypatch.setattr(measured, "CALIBRATION", tmp_path)

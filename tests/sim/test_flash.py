@@ -310,6 +310,6 @@ def test_small_reads_of_any_drive_take_what_their_pages_take(seed):
         even.append(even_read_s(flash, pages, drives) / (sum(runs) / 4) - 1)
         runs = [scattered(flash, pages, drives, s).seconds for s in range(12)]
         selected.append(scattered_read_s(flash, pages, drives) / (sum(runs) / 12) - 1)
-    for errors, mean, worst in ((even, 0.03, 0.2), (selected, 0.07, 0.25)):
+    for errors, mean, worst in ((even, 0.05, 0.3), (selected, 0.08, 0.3)):
         assert sum(map(abs, errors)) / len(errors) <= mean
         assert max(map(abs, errors)) <= worst

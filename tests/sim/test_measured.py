@@ -1,11 +1,12 @@
 """Closed forms from measured cycles: exact on exact data, refusing what they cannot mean."""
 
 import json
+import math
 
 import pytest
 
 from sim import measured
-from sim.measured import CalibrationError, fit, fit_layer
+from sim.measured import CALIBRATION, CalibrationError, fit, fit_layer, unit_times
 
 
 def test_the_fit_recovers_slope_and_fixed_cycles(calibration):
@@ -121,12 +122,84 @@ def test_the_committed_layers_are_described_within_six_percent():
         assert "held" in found.method or "hold" in found.method
 
 
-def test_measured_sparf_batches_serve_sparf_and_not_dense(calibration, cycle_table):
-    from sim.devices.csd import SPARF_BLOCKS, UNIT_BLOCKS
+def test_dense_attention_uses_the_fit_and_sparf_the_block_times(calibration):
+    from sim.describe.base import load
+    from sim.describe.devices import Csd
+    from sim.devices.csd import attention_unit
 
-    (calibration / "sparf.json").write_text(json.dumps(cycle_table("storage_unit_sparf", 1.08, 900.0)))
-    assert fit(SPARF_BLOCKS, "bytes").block == "storage_unit_sparf"
-    assert fit(UNIT_BLOCKS, "bytes").block == "attention_head"
+    drive = load(Csd, "instcsd")
+    named = [attention_unit(drive, sparse).provenance()[0]["device"] for sparse in (False, True)]
+    assert named == ["rtl/attention_head/test", "rtl/storage_unit_sparf/test"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda t: t.pop("times"),
+            "the table of storage_unit_sparf lacks times of its blocks: run `make calibrate`",
+        ),
+        (lambda t: t.update(block="other"), "no block times of storage_unit_sparf .*run `make calibrate`"),
+    ],
+)
+def test_block_times_that_are_missing_name_the_verb(calibration, sparf_table, change, message):
+    table = sparf_table()
+    change(table)
+    (calibration / "sparf.json").write_text(json.dumps(table))
+    with pytest.raises(CalibrationError, match=message):
+        unit_times("storage_unit_sparf")
+
+
+def committed_sparf_runs():
+    """Batches on the RTL that fill the unit and select more than the window."""
+    table = json.loads((CALIBRATION / "storage_unit_sparf-8-channels.json").read_text())
+    full = [r for r in table["rows"] if r["commands"] >= 16 and r["k"] > r["window"]]
+    return table["clock_mhz"], full
+
+
+@pytest.mark.parametrize("run", committed_sparf_runs()[1], ids=lambda r: r["name"])
+def test_sparf_batches_take_what_the_rtl_takes_within_three_percent(run):
+    from sim.devices.csd import SPARF_BLOCK
+    from sim.devices.storage_unit import FlashBehind, Selection, followed_cycles
+
+    mhz = committed_sparf_runs()[0]
+    heads, tokens, head_size = run["shape"]
+    # The share of token pages that the run read, from its bytes less its channel pages.
+    missed = math.comb(head_size - run["m"], run["r"]) / math.comb(head_size, run["r"])
+    channel_pages = head_size // run["m"] * (1 - missed) * math.ceil(tokens * run["m"] / 2048)
+    share = (run["bytes"] / 4096 / heads - channel_pages) / 2 / (tokens / 16)
+    selection = Selection(
+        head_size, run["r"], run["m"], run["k"] / tokens, share, run_groups=max(1, run["run_tokens"] // 16)
+    )
+    waits = (round(us * mhz) for us in (run["read_ns"] / 1e3, 0.3, 1.0))
+    flash = FlashBehind(8, 32, *waits, page=4096 * mhz / 1400)
+    times = unit_times(SPARF_BLOCK).times
+    drawn = [followed_cycles(selection, tokens, heads, flash, times, seed) for seed in range(4)]
+    assert sum(drawn) / 4 == pytest.approx(run["cycles"], rel=0.03)
+
+
+def test_the_recurrence_of_the_committed_table_is_within_three_percent_of_the_rtl():
+    found = unit_times("storage_unit_sparf")
+    assert found.points >= 4
+    assert found.worst_residual <= 0.03
+    assert "page by page" in found.provenance()["value"]
+
+
+def test_sparf_batches_beyond_those_followed_continue_their_line():
+    from sim.devices.storage_unit import FlashBehind, Selection, followed_cycles, sparf_cycles
+
+    times = unit_times("storage_unit_sparf").times
+    selection, flash = Selection(128, 16, 2, 0.125, 0.4), FlashBehind(8, 16, 142, 86, 285, 833.8)
+    assert sparf_cycles(selection, 512, 64, flash, times) == pytest.approx(
+        followed_cycles(selection, 512, 64, flash, times), rel=0.03
+    )
+    assert sparf_cycles(selection, 4096, 16, flash, times) == pytest.approx(
+        followed_cycles(selection, 4096, 16, flash, times), rel=0.05
+    )
+    between = sparf_cycles(selection, 1536, 16, flash, times)
+    assert between == pytest.approx(followed_cycles(selection, 1536, 16, flash, times), rel=0.1)
+    ladder = [sparf_cycles(selection, tokens, 16, flash, times) for tokens in (16, 100, 500, 3000, 1e6)]
+    assert ladder == sorted(ladder)
 
 
 def test_what_a_batch_pays_once_is_told_from_what_each_command_pays(calibration, cycle_table):

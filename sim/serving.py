@@ -22,7 +22,7 @@ import simpy
 
 from sim import run as runs
 from sim.api import bind
-from sim.describe.base import CapacityError, ConfigError
+from sim.describe.base import CapacityError, ConfigError, text_of
 from sim.describe.workload import Workload
 
 CONTEXT_STEPS = 4
@@ -63,10 +63,7 @@ def poisson(
 def trace(path: Path) -> list[Request]:
     """Requests of a trace file, in order of arrival."""
     fields = ("arrival_s", "input_tokens", "output_tokens")
-    try:
-        lines = list(csv.DictReader(path.read_text().splitlines()))
-    except FileNotFoundError:
-        raise ConfigError(f"trace {path} does not exist") from None
+    lines = list(csv.DictReader(text_of(path, "trace").splitlines()))
     requests = []
     for number, line in enumerate(lines, start=2):
         try:
@@ -75,7 +72,7 @@ def trace(path: Path) -> list[Request]:
             raise ConfigError(
                 f"trace {path} line {number}: needs numbers {', '.join(fields)}, got {dict(line)}"
             ) from None
-        if arrival < 0 or prompt < 1 or output < 1:
+        if not (0 <= arrival < math.inf and 1 <= prompt < math.inf and 1 <= output < math.inf):
             raise ConfigError(
                 f"trace {path} line {number}: tokens must be >= 1 and arrivals >= 0, got {dict(line)}"
             )

@@ -51,6 +51,10 @@ def key_of(point: Mapping[str, Any], fidelity: str, inputs: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
+def _unreadable(path: Path, error: Exception) -> StoreError:
+    return StoreError(f"sweep store {path} is not a readable database ({error}): move it away to start anew")
+
+
 class Store:
     """Rows by key. `add` is durable when it returns: a kill -9 afterwards loses nothing."""
 
@@ -65,10 +69,12 @@ class Store:
             self._db.execute("SELECT key FROM points LIMIT 1").fetchall()
         except OSError as error:
             raise StoreError(f"sweep store {path} cannot be created ({error.strerror})") from None
+        except sqlite3.OperationalError as error:
+            if path.is_file():
+                raise _unreadable(path, error) from None
+            raise StoreError(f"sweep store {path} cannot be created ({error})") from None
         except sqlite3.DatabaseError as error:
-            raise StoreError(
-                f"sweep store {path} is not a readable database ({error}): move it away to start anew"
-            ) from None
+            raise _unreadable(path, error) from None
 
     def __enter__(self) -> Store:
         return self
@@ -78,8 +84,23 @@ class Store:
 
     def known(self) -> dict[str, dict[str, Any]]:
         """key -> {"status", "result"} of every stored point."""
-        rows = self._db.execute("SELECT key, status, result FROM points").fetchall()
-        return {key: {"status": status, "result": json.loads(result)} for key, status, result in rows}
+        rows = self._rows("SELECT key, status, result FROM points")
+        return {key: {"status": status, "result": self._value(key, result)} for key, status, result in rows}
+
+    def _rows(self, query: str) -> list[Any]:
+        try:
+            return self._db.execute(query).fetchall()
+        except sqlite3.DatabaseError as error:
+            raise _unreadable(self.path, error) from None
+
+    def _value(self, key: str, text: str) -> Any:
+        try:
+            return json.loads(text)
+        except (TypeError, ValueError):
+            raise StoreError(
+                f"sweep store {self.path} holds a damaged row: DELETE FROM points WHERE key = '{key}' removes it, "
+                "and the sweep computes it again"
+            ) from None
 
     def add(
         self, key: str, sweep: str, ordinal: int, point: Mapping[str, Any], status: str, result: Any
@@ -98,14 +119,13 @@ class Store:
 
     def table(self, keys: Iterable[str]) -> list[dict[str, Any]]:
         """Flat rows in the order of `keys`: point fields, status, and metrics or the reason of a refusal."""
-        query = "SELECT key, point, status, result FROM points"
-        stored = {key: row for key, *row in self._db.execute(query)}
+        stored = {key: row for key, *row in self._rows("SELECT key, point, status, result FROM points")}
         rows = []
-        for point, status, result in (stored[key] for key in keys):
-            fields = json.loads(result)
-            rows.append(
-                {**json.loads(point), "status": status, **(fields if status == "ok" else {"error": fields})}
-            )
+        for key in keys:
+            point, status, result = stored[key]
+            fields = self._value(key, result)
+            outcome = fields if status == "ok" else {"error": fields}
+            rows.append({**self._value(key, point), "status": status, **outcome})
         return rows
 
 

@@ -7,7 +7,7 @@ cannot run (capacity, partition, no peer-to-peer) is a result too: its status is
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import CancelledError, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,7 @@ def in_processes(jobs: list[Job], fidelity: str, workers: int) -> Iterator[Done]
 
 def on_dask(jobs: list[Job], fidelity: str, scheduler: str) -> Iterator[Done]:
     """The same chunks on a Dask cluster at `scheduler` (host:port); the sweep file does not change."""
-    from dask.distributed import Client
+    from dask.distributed import Client, KilledWorker
     from dask.distributed import as_completed as as_dask_completed
 
     try:
@@ -79,8 +79,11 @@ def on_dask(jobs: list[Job], fidelity: str, scheduler: str) -> Iterator[Done]:
         size = max(1, min(16, len(jobs) // 8))
         chunks = [jobs[i : i + size] for i in range(0, len(jobs), size)]
         futures = [client.submit(_evaluate_all, chunk, fidelity, pure=False) for chunk in chunks]
-        for future in as_dask_completed(futures):
-            yield from future.result()
+        try:
+            for future in as_dask_completed(futures):
+                yield from future.result()
+        except (KilledWorker, CancelledError, OSError) as error:
+            raise BrokenProcessPool(f"a Dask worker or its scheduler is gone ({error})") from None
 
 
 def run(

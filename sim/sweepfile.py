@@ -32,7 +32,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from sim.accuracy import METRIC
-from sim.describe.base import ConfigError, Count, Described, build, did_you_mean
+from sim.describe.base import ConfigError, Count, Described, build, did_you_mean, listed, text_of
 from sim.describe.devices import Link
 from sim.describe.machine import PARTS, Topology
 from sim.describe.workload import Tuning, Workload
@@ -75,6 +75,10 @@ class Sweep(Described):
         for name in self.schemes():
             if name not in SCHEMES:
                 raise ValueError(f"unknown scheme {name!r}{did_you_mean(name, list(SCHEMES))}")
+        for kind, names in (("machine", _listed(self.machine)), ("model", _listed(self.model))):
+            for name in names:
+                if not name.endswith((".toml", ".json")) and name not in listed(kind):
+                    raise ValueError(f"unknown {kind} preset {name!r}{did_you_mean(name, listed(kind))}")
         for metric in self.objectives:
             if metric not in OBJECTIVES:
                 raise ValueError(f"unknown objective {metric!r}{did_you_mean(metric, list(OBJECTIVES))}")
@@ -136,9 +140,7 @@ def _listed(value: Any) -> list[Any]:
 def load_sweep(path: Path) -> Sweep:
     """Read and validate a sweep file; raises ConfigError."""
     try:
-        data = tomllib.loads(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"sweep file {path} does not exist") from None
+        data = tomllib.loads(text_of(path, "sweep file"))
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"sweep file {path} is not valid TOML: {error}") from None
     return build(Sweep, {"name": path.stem, **data}, f"sweep {path.name}")

@@ -117,6 +117,18 @@ def listed(kind: str) -> list[str]:
     return sorted(p.stem for p in (PRESETS / kind).glob("*.toml"))
 
 
+def text_of(path: Path, what: str) -> str:
+    """The text of a file that a user names; raises ConfigError where it does not exist or cannot be read."""
+    try:
+        return path.read_text()
+    except FileNotFoundError:
+        raise ConfigError(f"{what} {path} does not exist") from None
+    except OSError as error:
+        raise ConfigError(f"{what} {path} cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{what} {path} cannot be read (it is not text)") from None
+
+
 def load(cls: type[D], ref: str | Path) -> D:
     """Load a preset by name, or a description from any TOML file by path.
 
@@ -141,9 +153,7 @@ def load(cls: type[D], ref: str | Path) -> D:
 def _loaded(cls: type[D], path: Path, stamp: tuple[int, int]) -> D:
     """Descriptions are frozen, so that a file is read once for as long as its `stamp` stays."""
     try:
-        data = tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{cls.kind} file {path} cannot be read: {error}") from None
+        data = tomllib.loads(text_of(path, f"{cls.kind} file"))
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{cls.kind} file {path} is not valid TOML: {error}") from None
     return _sourced(cls, data, path)

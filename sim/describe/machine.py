@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
-from sim.describe.base import ConfigError, Count, Described, assumed, build, did_you_mean, load
+from sim.describe.base import ConfigError, Count, Described, assumed, build, did_you_mean, listed, load
 from sim.describe.devices import Csd, Fpga, Gpu, Host, Link, Ssd
 
 PARTS: dict[str, type[Described]] = {
@@ -68,7 +68,10 @@ class Machine(Topology):
         """The device `name`, or ConfigError saying which scheme needs it."""
         device = getattr(self, name)
         if device is None:
-            raise ConfigError(f"scheme {scheme} needs a {name}, and machine {self.name} has none")
+            with_one = ", ".join(n for n in listed("machine") if getattr(load_machine(n), name) is not None)
+            raise ConfigError(
+                f"scheme {scheme} needs a {name}, and machine {self.name} has none; with one: {with_one}"
+            )
         return device
 
     def devices(self) -> list[Described]:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 
 from pydantic import model_validator
 
-from sim.describe.base import ConfigError, Count, Described, assumed, build, load
+from sim.describe.base import ConfigError, Count, Described, assumed, build, load, text_of
 
 FP16_BYTES = 2
 
@@ -108,9 +108,7 @@ def load_model(ref: str | Path) -> Model:
 
 def _from_config(path: Path) -> Model:
     try:
-        config: dict[str, Any] = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"model config {path} does not exist") from None
+        config: dict[str, Any] = json.loads(text_of(path, "model config"))
     except json.JSONDecodeError as error:
         raise ConfigError(f"model config {path} is not valid JSON: {error}") from None
     if not isinstance(config, dict):

@@ -104,8 +104,9 @@ class SparfUnit(AttentionUnit):
         assert reads.selection is not None, "dense reads come to RtlUnit"
         csd, mhz = self._csd, self._csd.unit_mhz
         arrays = csd.dies_per_channel * csd.planes_per_die
-        waits = (round(us * mhz) for us in (read_us, csd.command_us, ECC_US))
-        flash = FlashBehind(csd.channels, arrays, *waits, page=PAGE_BYTES * mhz / csd.channel_gb_per_s / 1e3)
+        read, command, ecc = (round(us * mhz) for us in (read_us, csd.command_us, ECC_US))
+        page = PAGE_BYTES * mhz / csd.channel_gb_per_s / 1e3
+        flash = FlashBehind(csd.channels, arrays, read, command, ecc, page)
         jobs = reads.commands / drives
         return sparf_cycles(reads.selection, reads.tokens, jobs, flash, self._times.times) / (mhz * 1e6)
 

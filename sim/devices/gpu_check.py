@@ -6,7 +6,7 @@ import csv
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from sim.describe.base import ConfigError, listed, load
+from sim.describe.base import ConfigError, listed, load, text_of
 from sim.describe.devices import Gpu
 from sim.devices import gpu as kernels
 from sim.devices import gpu_attention
@@ -60,11 +60,7 @@ def errors(path: Path = MEASURED, gpu: Gpu | None = None) -> dict[str, list[floa
 
     Raises ConfigError for a file that cannot be read, a device that has no preset, or a row without its columns.
     """
-    try:
-        rows = list(csv.DictReader(path.read_text().splitlines()))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not text"
-        raise ConfigError(f"profile {path} cannot be read ({reason})") from None
+    rows = list(csv.DictReader(text_of(path, "profile").splitlines()))
     if not rows:
         raise ConfigError(f"profile {path} holds no row")
     found: dict[str, list[float]] = {}

@@ -6,6 +6,7 @@ size, links, and GPU kernels against a table of measured ones.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def probe(
         raise ConfigError(
             f"a device is one of {', '.join(KINDS)}, got {kind!r}{did_you_mean(kind, list(KINDS))}"
         )
-    if kib <= 0 or depth < 1 or threads < 1:
+    if not 0 < kib < math.inf or depth < 1 or threads < 1:
         raise ConfigError(f"size, depth and threads must be positive, got {kib:g} KiB, {depth} and {threads}")
     if kind in ("ssd", "csd"):
         drive = load(Csd if kind == "csd" else Ssd, name)

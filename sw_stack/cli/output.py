@@ -3,11 +3,14 @@
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import track as rich_track
 from rich.table import Table
+
+from golden.spec import KVStrataError
 
 T = TypeVar("T")
 console = Console(stderr=True)
@@ -22,6 +25,16 @@ def note(text: str) -> None:
 def track(items: Iterable[T], description: str) -> Iterable[T]:
     """Iterate with a progress bar on standard error."""
     return rich_track(list(items), description=description, console=console)
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write a file that the user asked for, whole or not at all; raises KVStrataError where it cannot be written."""
+    from hw.flow.cache import write_atomically
+
+    try:
+        write_atomically(path, text)
+    except OSError as error:
+        raise KVStrataError(f"{path} cannot be written ({error.strerror})") from None
 
 
 def show_json(value: Any) -> None:

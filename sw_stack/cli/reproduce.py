@@ -13,14 +13,12 @@ def command(
     """Model every published figure of InstInfer and AccLLM that can be expressed, with the error of each."""
     from sim import others
     from sim.reproduce import Outcome, findings, markdown, rows, summary
-    from sw_stack.cli.output import note, show_json, show_rows, track
+    from sw_stack.cli.output import note, show_json, show_rows, track, write_file
 
     outcomes = [Outcome(row, row.model()) for row in track(rows(), "Reproducing")]
     beyond = [Outcome(row, row.model()) for row in track(others.rows(), "Other systems")]
     if write:
-        from hw.flow.cache import write_atomically
-
-        write_atomically(write, markdown(outcomes, beyond))
+        write_file(write, markdown(outcomes, beyond))
         note(f"wrote {write}")
     if as_json:
         data = {

@@ -51,13 +51,12 @@ def command(
     from sim.overrides import parse
     from sim.policy import best_policy as search
     from sim.timeline import perfetto
-    from sw_stack.cli.output import note, show_json, show_rows
+    from sw_stack.cli.output import note, show_json, show_rows, write_file
 
     if sensitivity:
-        from hw.flow.cache import write_atomically
         from sim.sensitivity import markdown
 
-        write_atomically(sensitivity, markdown())
+        write_file(sensitivity, markdown())
         return
     devices, tuned, work = split_overrides(parse(set_ or []))
     described = load_machine(machine, devices)
@@ -86,9 +85,7 @@ def command(
             f"machine {machine} runs no scheme for {model} at batch {batch}; the reasons are above"
         )
     if trace:
-        from hw.flow.cache import write_atomically
-
-        write_atomically(trace, json.dumps(perfetto(results[0])))
+        write_file(trace, json.dumps(perfetto(results[0])))
     if parquet:
         from sim.store import write_parquet
 

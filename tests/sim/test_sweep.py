@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -209,9 +210,52 @@ def test_a_corrupt_store_is_refused(tmp_path):
         Store(path)
 
 
+def test_a_store_that_was_cut_short_is_refused(tmp_path):
+    path = tmp_path / "s.sqlite"
+    with Store(path) as store:
+        run(load_sweep(written(tmp_path, GRID)), store, workers=1)
+    path.write_bytes(path.read_bytes()[:6000])
+    with pytest.raises(StoreError, match="is not a readable database .*move it away to start anew"):
+        Store(path).known()
+
+
+def test_a_damaged_row_is_named_and_computed_again_once_removed(tmp_path):
+    path, sweep = tmp_path / "s.sqlite", load_sweep(written(tmp_path, GRID))
+    with Store(path) as store:
+        rows = run(sweep, store, workers=1)
+    database = sqlite3.connect(path)
+    database.execute("UPDATE points SET result = '{\"tokens' WHERE ordinal = 3")
+    database.commit()
+    with (
+        Store(path) as store,
+        pytest.raises(StoreError, match="holds a damaged row: DELETE FROM points") as caught,
+    ):
+        run(sweep, store, workers=1)
+    removal = str(caught.value).split(": ")[1].removesuffix(" removes it, and the sweep computes it again")
+    database.execute(removal)
+    database.commit()
+    with Store(path) as store:
+        assert run(sweep, store, workers=1) == rows
+
+
+def test_a_store_that_cannot_be_created_is_one_sentence():
+    with pytest.raises(StoreError, match="sweep store /proc/s.sqlite cannot be created"):
+        Store(Path("/proc/s.sqlite"))
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
+        (
+            "scheme =",
+            'machine = "referenc"\nscheme =',
+            "unknown machine preset 'referenc' .did you mean reference",
+        ),
+        (
+            "scheme =",
+            'model = "opt-13"\nscheme =',
+            r"unknown model preset 'opt-13' \(did you mean opt-13b\?\)",
+        ),
         ('"flexgen-ssd", ', '"flexgen-sd", ', r"unknown scheme 'flexgen-sd' \(did you mean flexgen-ssd\?\)"),
         ("tokens_per_s", "token_per_s", r"unknown objective 'token_per_s' \(did you mean tokens_per_s\?\)"),
         ("batch =", "bach =", r"unknown field workload.bach \(did you mean batch\?\)"),

@@ -46,7 +46,7 @@ def _colour(scheme: str) -> str:
     return f"C{list(SCHEMES).index(scheme)}" if list(SCHEMES).index(scheme) < 10 else "black"
 
 
-def throughput_over_batch(results: Iterable[RunResult]) -> Figure:
+def throughput_over_batch(results: Iterable[RunResult], title: str = "") -> Figure:
     """Tokens/s against batch, one line per scheme; both axes logarithmic."""
     figure, axes = _figure()
     lines: dict[str, list[tuple[int, float]]] = {}
@@ -56,7 +56,7 @@ def throughput_over_batch(results: Iterable[RunResult]) -> Figure:
         batch, rate = zip(*sorted(points))
         # The first on top: a scheme that falls back on it coincides with it as long as it fits.
         axes.plot(batch, rate, marker="o", label=scheme, color=_colour(scheme), zorder=3 - 0.01 * order)
-    axes.set(xscale="log", yscale="log", xlabel="batch (sequences)", ylabel="throughput (tokens/s)")
+    axes.set(xscale="log", yscale="log", xlabel="batch (sequences)", ylabel="throughput (tokens/s)", title=title)
     powers_of_two(axes)
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize="small")
     return figure

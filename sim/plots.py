@@ -56,7 +56,9 @@ def throughput_over_batch(results: Iterable[RunResult], title: str = "") -> Figu
         batch, rate = zip(*sorted(points))
         # The first on top: a scheme that falls back on it coincides with it as long as it fits.
         axes.plot(batch, rate, marker="o", label=scheme, color=_colour(scheme), zorder=3 - 0.01 * order)
-    axes.set(xscale="log", yscale="log", xlabel="batch (sequences)", ylabel="throughput (tokens/s)", title=title)
+    axes.set(
+        xscale="log", yscale="log", xlabel="batch (sequences)", ylabel="throughput (tokens/s)", title=title
+    )
     powers_of_two(axes)
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize="small")
     return figure

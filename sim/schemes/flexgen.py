@@ -295,12 +295,14 @@ class FlexgenSsd(GpuScheme):
         return [graph.work("attention", "compute", "gpu", seconds, ready)]
 
     def _cpu_attends(self, graph: Graph, context: int, part: int, ready: list[int]) -> list[int]:
-        """The GPU attends to its share beside the CPU, which streams the rest from DRAM and multiplies."""
+        """The GPU attends to its share beside the CPU, which converts the rest to fp32 in DRAM and multiplies."""
         m, share, tokens = self.model, self.kv.away, context * self.kv_share_read()
         host = self.machine.part("host", self.name)
         flops = 4 * share * part * tokens * m.heads * m.head_size
         streamed = share * part * tokens * m.kv_bytes_per_token_layer / self.pipes["host dram"]
-        seconds = max(streamed, flops / (1e9 * (self.tuning.cpu_attention_gflops or host.cpu_gflops)))
+        multiplied = flops / (1e9 * (self.tuning.cpu_attention_gflops or host.cpu_gflops))
+        # FlexGen's source: fp16 is read and fp32 written first (1 + 2 times the cache), then fp32 is read.
+        seconds = 3 * streamed + max(2 * streamed, multiplied)
         vectors = share * part * m.heads * m.head_size * FP16_BYTES
         sent = graph.move("q", "transfer", ("pcie from gpu",), vectors, ready)
         attended = graph.work("cpu attention", "kv access", "cpu", seconds, [sent])

@@ -24,9 +24,8 @@ def test_targets(outcomes):
 
 def test_every_large_miss_is_explained(outcomes):
     for outcome in outcomes:
-        if abs(outcome.error) > 0.25:
-            assert outcome.row.kind == "contradicted"
-            assert outcome.row.note
+        assert abs(outcome.error) <= 0.10 or outcome.row.note, outcome.row.what
+        assert abs(outcome.error) <= 0.25 or outcome.row.kind == "contradicted", outcome.row.what
 
 
 def test_contradictions_are_shown_not_hidden(outcomes):
@@ -42,8 +41,8 @@ def test_the_calibrated_parameters_are_the_only_ones_of_the_framework():
 
 def test_other_systems_are_met_without_a_parameter_of_their_own():
     errors = [abs(o.error) for o in reproduce.reproduce(others.rows())]
-    assert sum(errors) / len(errors) < 0.25
-    assert sorted(errors)[-2] < 0.35
+    assert sum(errors) / len(errors) < 0.16
+    assert max(errors) < 0.35
 
 
 def test_no_schedule_of_vllm_gives_the_contradicted_row():

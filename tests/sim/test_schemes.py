@@ -350,3 +350,21 @@ def test_flexgen_percentages_move_what_they_place():
 def test_percentages_that_make_no_sense_are_refused(scheme, tuning, text):
     with pytest.raises(ConfigError, match=text):
         simulate("reference", "opt-13b", scheme, Workload(batch=8), tuning=Tuning(**tuning))
+
+
+@pytest.mark.parametrize("scheme", ["csd-dense", "csd-sparf"])
+def test_memory_of_a_run_does_not_grow_with_context_batch_or_drives(scheme):
+    import tracemalloc
+
+    roomy = {"csd.buffer_gb": 999.0, "csd.capacity_gb": 99_999.0, "csd_partition": "sequences"}
+
+    def peak(batch, tokens, drives):
+        work, changes = Workload(batch=batch, input_tokens=tokens), {**roomy, "csd_count": drives}
+        simulate("reference", "llama-3.1-8b", scheme, work, overrides=changes)
+        tracemalloc.start()
+        simulate("reference", "llama-3.1-8b", scheme, work, overrides=changes)
+        return tracemalloc.get_traced_memory()[1], tracemalloc.stop()
+
+    peaks = [peak(*case)[0] for case in ((1, 1024, 1), (1, 100_000, 1), (512, 1024, 1), (1000, 1024, 1000))]
+    assert max(peaks) < 1.2 * min(peaks)
+    assert max(peaks) < 5e6

@@ -24,7 +24,7 @@ FEW, MANY, MOST, FOLLOWED_TOKENS = 8, 24, 64, 32_768
 """Jobs that fill the unit; the least and the most that are followed, and the tokens of those between."""
 CONTEXTS = (128, 512, 1024, 2048)
 ECC_US = 1.0
-"""Decoder of a page, as the RTL's flash model has it."""
+"""Decoder of a page, as the RTL's flash model has it (SIM-SPARF-UNIT)."""
 QUICK_READ_US = 0.5
 """Array time of the calibration's runs: short, so that the unit and its channels bind."""
 
@@ -140,7 +140,7 @@ def _job(s: Selection, tokens: int, head: int, flash: FlashBehind, rng: np.rando
 
 
 DIGITS = 3
-"""That argtopk refines: real scores take 3 or 4."""
+"""That argtopk refines: real scores take 3 or 4 (SIM-SPARF-UNIT)."""
 
 
 def _tokens_by_group(s: Selection, tokens: int, rng: np.random.Generator) -> Sequence[int]:

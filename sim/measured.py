@@ -13,13 +13,14 @@ nothing here is typed in.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from golden.spec import SPEC_VERSION, KVStrataError
+from golden.storage.batch import UnitTimes
 
 CALIBRATION = Path(__file__).resolve().parent / "calibration"
 ROW_FIELDS = ("name", "cycles", "bound_cycles", "bytes")
@@ -118,6 +119,11 @@ def _unit_times(block: str, directory: Path) -> BlockTimes:
             if not table.get("times"):
                 raise CalibrationError(
                     f"the table of {block} lacks times of its blocks: run `make calibrate`"
+                )
+            if differ := {f.name for f in fields(UnitTimes)} ^ set(table["times"]):
+                raise CalibrationError(
+                    f"the table of {block} is not of this unit: its times differ in {', '.join(sorted(differ))}: "
+                    "run `make calibrate`"
                 )
             rows = [r for r in table["rows"] if "recurrence_cycles" in r]
             worst = max((abs(r["recurrence_cycles"] / r["cycles"] - 1) for r in rows), default=0.0)

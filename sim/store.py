@@ -30,7 +30,9 @@ class StoreError(KVStrataError):
 
 
 PACKAGE = Path(__file__).resolve().parent
-RECURRENCE = [PACKAGE.parent / "golden" / "storage" / name for name in ("batch.py", "layout.py")]
+RECURRENCE = sorted(
+    path for name in ("batch*.py", "layout.py") for path in (PACKAGE.parent / "golden" / "storage").glob(name)
+)
 """What the system model runs of the golden models."""
 
 

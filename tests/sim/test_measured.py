@@ -139,6 +139,7 @@ def test_dense_attention_uses_the_fit_and_sparf_the_block_times(calibration):
             lambda t: t.pop("times"),
             "the table of storage_unit_sparf lacks times of its blocks: run `make calibrate`",
         ),
+        (lambda t: t["times"].pop("slots"), "its times differ in slots: run `make calibrate`"),
         (lambda t: t.update(block="other"), "no block times of storage_unit_sparf .*run `make calibrate`"),
     ],
 )

@@ -49,7 +49,7 @@ class Batch:
     ):
         self._times, self._flash = times, flash
         self._head_size, self._queries = head_size, queries
-        self._span, self._groups = tokens_per_channel_page(m), head_size // m
+        self._span = tokens_per_channel_page(m)
         self._clock = Clock()
         self._side = FlashSide(self._clock, times, flash, channels)
         self._runs: list[_Run] = []
@@ -98,9 +98,11 @@ class Batch:
             if number >= self._times.ahead:
                 yield self._runs[number - self._times.ahead].asked
             for block in run.blocks:
-                for read in block:
-                    yield self._clock.now + self._groups / len(block)  # a cycle for each group, marked or not
+                before = -1
+                for read, group in zip(block, run.job.groups, strict=True):
+                    yield self._clock.now + group - before  # a cycle for each group, marked or not
                     yield from self._side.ask(read)
+                    before = group
 
     def _ask_tokens(self, runs: Sequence[_Run], sparse: bool) -> Process:
         """Token pages, K one ahead of V; a pass takes two cycles to want a K page, one for a V page."""

@@ -15,7 +15,7 @@ from golden.spec.storage import GROUP_TOKENS, PageKind
 from golden.storage.batch import Batch, BatchJob, FlashTimes, Page, UnitTimes
 from golden.storage.layout import PageMark, channel_marks, filtered_beats, place, token_marks
 
-PROBED = 64
+PROBED = 96
 """Jobs whose pages are followed; each further one takes what those after the first `FILLED` took on average."""
 FILLED = 16
 
@@ -104,8 +104,9 @@ def _job(shape: Shape, head: int, arrays: Arrays, rng: np.random.Generator) -> B
     channels = np.sort(rng.choice(shape.head_size, shape.r, replace=False))
     for mark in channel_marks(channels.tolist(), shape.tokens, shape.head_size, shape.m):
         blocks[mark.index // (shape.head_size // shape.m)].append(page(mark))
+    groups = sorted({int(channel) // shape.m for channel in channels})
     rows = np.bincount(tokens // GROUP_TOKENS, minlength=-(-shape.tokens // GROUP_TOKENS))
-    return BatchJob(shape.tokens, exact, list(blocks.values()), rows.tolist(), shape.digits)
+    return BatchJob(shape.tokens, exact, list(blocks.values()), groups, rows.tolist(), shape.digits)
 
 
 def _selected_tokens(shape: Shape, rng: np.random.Generator) -> np.ndarray:

@@ -87,13 +87,14 @@ class Page(NamedTuple):
 class BatchJob:
     """One job, dense when `blocks` is empty. `exact`: number, K page and V page of all token pages read, ascending.
 
-    `blocks`: channel pages per block of tokens. `rows`: selected tokens of each 16-token group; `digits` that argtopk
-    refines (`topk.timing.digits_used`).
+    `blocks`: channel pages per block of tokens, of the channel groups `groups`. `rows`: selected tokens of each group
+    of 16; `digits` that argtopk refines (`topk.timing.digits_used`).
     """
 
     tokens: int
     exact: Sequence[tuple[int, Page, Page]]
     blocks: Sequence[Sequence[Page]] = ()
+    groups: Sequence[int] = ()
     rows: Sequence[int] = ()
     digits: int = 0
 

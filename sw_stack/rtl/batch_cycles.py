@@ -80,7 +80,10 @@ def _sparf(cache: Cache, job: Job, trace: SparfTrace, p: FlashParams) -> BatchJo
     blocks: dict[int, list[Page]] = defaultdict(list)
     for mark in channel_marks(trace.channels.tolist(), job.tokens, cache.head_size, cache.m):
         blocks[mark.index // (cache.head_size // cache.m)].append(_page(cache, job, mark, p))
+    groups = sorted({int(channel) // cache.m for channel in trace.channels})
     tokens = trace.tokens.tolist()
     rows = np.bincount(trace.tokens // GROUP_TOKENS, minlength=-(-job.tokens // GROUP_TOKENS)).tolist()
     digits = digits_used([int(key) + (1 << 31) for key in trace.scores], job.k, window=job.window)
-    return BatchJob(job.tokens, _token_pages(cache, job, tokens, p), list(blocks.values()), rows, digits)
+    return BatchJob(
+        job.tokens, _token_pages(cache, job, tokens, p), list(blocks.values()), groups, rows, digits
+    )

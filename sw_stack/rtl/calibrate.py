@@ -145,6 +145,8 @@ SPARF_SHAPES = (
     (16, 4096, True, READ_NS),
     (16, 2048, False, READ_NS),
     (16, 4096, False, READ_NS),
+    (16, 4096, True, 50_000),
+    (16, 2048, False, 50_000),
 )
 """Heads, tokens, whether the selected tokens lie in runs, and tR; r = 16 of 128 channels, one token in eight."""
 

@@ -37,10 +37,11 @@ class Traffic:
             kernel = rng.randrange(KERNELS)
             fail = page_fault(params, ppn)[1]
             raw = replace(raw, mask=mask or raw.mask, fail=fail, tag=kernel << 7 | n & 127)
+            legal = replace(raw, mask=raw.legal)
             self.contents[ppn] = raw.content
             fields = {"ppn": ppn, **raw.descriptor}
             self.reads.append(sum(int(fields[name]) << at for name, at in READ_SHIFTS.items()))
-            self.expected[kernel] += [PAGE_BEAT.pack(beat) for beat in raw.expected]
+            self.expected[kernel] += [PAGE_BEAT.pack(beat) for beat in legal.expected]
 
 
 async def reset(dut):

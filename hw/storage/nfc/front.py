@@ -1,6 +1,6 @@
 """The flash side as one block: page reads in, filtered pages per kernel out, flash channels in between."""
 
-from amaranth import Cat, Const, Module, Mux, Signal
+from amaranth import Cat, Const, Module, Signal
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out, connect, flipped
 
@@ -13,8 +13,8 @@ from hw.storage.nfc.order import PageOrder
 
 READ = data.StructLayout({"ppn": layout_of(PPN), **dict(FILTER_DESCRIPTOR.fields)})
 """One page to read: where it lies and what its filter needs to know."""
-COUNTED = data.StructLayout({**dict(READ.members), "marks": 6, "groups": 2})
-"""A read, its legal marks, and the halves of its mask that hold any."""
+COUNTED = data.StructLayout({**dict(READ.members), "others": 5, "both": 1})
+"""A read, its marks but one, and whether both halves of its mask hold any."""
 SIZED = data.StructLayout({**dict(READ.members), "last_row": DESCRIPTOR["last_row"].shape})
 """A read and the number of the last beat that passes."""
 OUTSTANDING = 64
@@ -26,48 +26,54 @@ READ_QUEUE = 512
 class PageSize(wiring.Component):
     """Reads into reads of known size: how many beats of the page its filter passes, of wanted pages only.
 
-    Two registers lie between; a read per cycle.
+    Marks of entries that the page does not have are dropped. Three registers lie between; a read per cycle.
     """
 
-    latency = 2
+    latency = 3
 
     i: In(stream.Signature(READ))
     o: Out(stream.Signature(SIZED))
 
     def elaborate(self, platform):
         m = Module()
+        m.submodules.legal = legal = PipeStage(READ)
         m.submodules.count = count = PipeStage(COUNTED)
         m.submodules.size = size = PipeStage(SIZED)
         connect(m, size.o, flipped(self.o))
-        legal = Signal(MASK_BITS)
-        half = MASK_BITS // 2
-        m.d.comb += [
-            legal.eq(self.i.p.mask & legal_marks(self.i.p)),
-            self.i.ready.eq(count.i.ready),
-            count.i.valid.eq(self.i.valid),
-            *(count.i.p[name].eq(self.i.p[name]) for name, _ in READ),
-            count.i.p.marks.eq(sum(legal)),
-            count.i.p.groups.eq(legal[:half].any() + legal[half:].any()),
-        ]
+        self._pass(m, self.i, legal.i)
+        m.d.comb += legal.i.p.mask.eq(self.i.p.mask & legal_marks(self.i.p))
+        self._pass(m, legal.o, count.i)
+        marks = legal.o.p.mask
+        low, high = marks[: MASK_BITS // 2], marks[MASK_BITS // 2 :]
+        m.d.comb += [count.i.p.others.eq(_ones(marks) - 1), count.i.p.both.eq(low.any() & high.any())]
+        self._pass(m, count.o, size.i)
         read = count.o.p
-        by_token = read.marks << Mux(read.wide_head, 3, 2)
-        by_group = read.groups << Mux(read.wide_head, 7, 6)
-        by_channel = (read.marks << 7) >> read.m_log2
-        rows = Signal(range(129))
-        with m.Switch(read.kind):
-            with m.Case(PageKind.K_TOKEN):
-                m.d.comb += rows.eq(by_token)
-            with m.Case(PageKind.V_TOKEN):
-                m.d.comb += rows.eq(by_group)
-            with m.Default():
-                m.d.comb += rows.eq(by_channel)
-        m.d.comb += [
-            count.o.ready.eq(size.i.ready),
-            size.i.valid.eq(count.o.valid),
-            *(size.i.p[name].eq(read[name]) for name, _ in READ),
-            size.i.p.last_row.eq(rows - 1),
-        ]
+        # of 2^s beats for each mark or group the last one's number ends in s ones
+        with m.Switch(Cat(read.wide_head, read.kind)):
+            for wide in (0, 1):
+                with m.Case(wide | PageKind.K_TOKEN << 1):
+                    m.d.comb += size.i.p.last_row.eq(Cat(Const(-1, 2 + wide), read.others))
+                with m.Case(wide | PageKind.V_TOKEN << 1):
+                    m.d.comb += size.i.p.last_row.eq(Cat(Const(-1, 6 + wide), read.both))
+            with m.Default(), m.Switch(read.m_log2):
+                for m_log2 in (1, 2, 3):
+                    with m.Case(m_log2):
+                        m.d.comb += size.i.p.last_row.eq(Cat(Const(-1, 7 - m_log2), read.others))
         return m
+
+    @staticmethod
+    def _pass(m, a, b):
+        """A stream into the next register; what changes on the way is assigned after this."""
+        m.d.comb += [b.valid.eq(a.valid), a.ready.eq(b.ready)]
+        m.d.comb += [b.payload[name].eq(a.payload[name]) for name, _ in READ]
+
+
+def _ones(bits):
+    """Number of ones, as a tree."""
+    if len(bits) == 1:
+        return bits
+    half = len(bits) // 2
+    return _ones(bits[:half]) + _ones(bits[half:])
 
 
 class FlashFront(wiring.Component):

@@ -12,13 +12,10 @@ the pass before.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
-
-import numpy as np
 
 from golden.spec.engine import STEP, WORD_BYTES, Codes, EngineConfig, Op, StreamFormat
 from golden.spec.memory import MAX_BURST_BEATS
@@ -123,7 +120,7 @@ class WordStream:
         requested = max(job.handed + 1, self._requests[-1] + 1, room)
         self._requests.append(requested)
         arrived = self._port.read(requested + ADDRESS, burst.beats)
-        self._arrived += (np.ceil(arrived).astype(int) + FIFO_OUT).tolist()
+        self._arrived += [beat + FIFO_OUT for beat in arrived]
 
     def take(self, earliest: int) -> int:
         """The array takes the next word in the first cycle from `earliest` in which it is there."""
@@ -381,7 +378,7 @@ class Append:
             clashes = [j.answered + 1 for j in self._jobs if j.shares(word, word + tile, used)]
             at = max([ready, self._asked, *clashes])
             arrived = self._port.read(at + ADDRESS, tile, slice(channel, channel + here))
-            reads.append(TileRead(math.ceil(arrived[0]), tile, range(channel, channel + here)))
+            reads.append(TileRead(arrived[0], tile, range(channel, channel + here)))
             self._asked_at, self._asked = at, at + tile + 1
             job.channels |= used
             job.end, groups, channel = word + tile, groups - here, 0
@@ -400,12 +397,12 @@ class Append:
         self._idle = last + 2
         # The auxiliary port changes owner in a cycle of its own, unless an answer is still to come.
         sent = last + 1 + (last + 1 + WordWriter.latency >= self._scales) + WordWriter.latency
-        self._scales = math.ceil(self._auxiliary.write(sent)) + 1
+        self._scales = self._auxiliary.write(sent) + 1
         return max(answered, self._scales)
 
     def _answered(self, written: int, channel: int) -> int:
         """First cycle in which a word, taken in cycle `written`, is seen answered."""
-        return math.ceil(self._port.write(written + WordWriter.latency, 1, slice(channel, channel + 1))) + 1
+        return self._port.write(written + WordWriter.latency, 1, slice(channel, channel + 1)) + 1
 
 
 WRITE_GATHER = 3
@@ -435,7 +432,7 @@ class Dma:
                 handed += 1
                 here = min(left, n * self._ratio)
                 left -= here
-                first, last = math.ceil(arrived[0]), math.ceil(arrived[-1])
+                first, last = arrived[0], arrived[-1]
                 moved = max(moved + here, first + FIFO_OUT + here, last + 1 + FIFO_OUT)
         return moved
 
@@ -454,7 +451,7 @@ class Dma:
                 address = max(moved + 1, sent, taken + 1) + ADDRESS
                 taken = address + (address > answered)
                 sent = taken + beats - 1
-                answered = math.ceil(self._port.write(sent, beats))
+                answered = self._port.write(sent, beats)
         return answered
 
 
@@ -492,7 +489,7 @@ class Fetch:
                 return
             self._requested = max(self._requested + 1, self._left[left - 1] + 1 if left > 0 else 0)
             arrived = self._port.read(self._requested + ADDRESS, beats)
-            self._arrived += (np.ceil(arrived).astype(int) + FIFO_OUT).tolist()
+            self._arrived += [beat + FIFO_OUT for beat in arrived]
 
 
 @dataclass
@@ -512,7 +509,7 @@ class Ports:
     def of(cls, memory: MemoryTiming, channels: int, before: Ports | None = None) -> Ports:
         """Ports of a first pass, or of one after another."""
         load, append, fetch, dma = (
-            (before.load.own, before.append.own, before.fetch.own, before.dma.own) if before else ((),) * 4
+            (before.load, before.append, before.fetch, before.dma) if before else (None,) * 4
         )
         return cls(
             MemoryPort(memory, channels, 0, append),

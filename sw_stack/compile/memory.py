@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Sequence
+import ctypes
 from dataclasses import dataclass
-from operator import attrgetter
-from typing import NamedTuple
-
-import numpy as np
+from functools import lru_cache
+from pathlib import Path
 
 from golden.spec import KVStrataError
 from golden.spec.engine import WORD_BYTES
-from golden.spec.memory import HbmTiming, MemoryModel
+from golden.spec.memory import MAX_BURST_BEATS, HbmTiming, MemoryModel
+from hw.flow.cxx import shared_library
 
+SOURCE = Path(__file__).with_name("memory_port.cpp")
 REFRESH_PHASES = 32
 """`Channel` in hw/engine/mem/hbm_model.h staggers the first refresh by channel number."""
 PS_KHZ = 1_000_000_000
@@ -107,101 +106,84 @@ def _cycles(time_ps: int, timing: HbmTiming) -> float:
     return time_ps * timing.user_clock_khz / PS_KHZ
 
 
-class Transfer(NamedTuple):
-    """A burst on some channels: a read's address or a write's last beat was transferred in cycle `at`."""
+class _Timing(ctypes.Structure):
+    """`Timing` of memory_port.cpp."""
 
-    at: int
-    beats: int
-    channels: slice
-    write: bool
+    _fields_ = [
+        (name, ctypes.c_double if count == 1 else ctypes.c_double * count)
+        for name, count in (
+            ("interval", 1), ("latency", 2), ("period", 1), ("blocked", 1), ("drain", 1), ("column", 2), ("turn", 2),
+        )
+    ]  # fmt: skip
+
+    @classmethod
+    def of(cls, memory: MemoryTiming) -> _Timing:
+        refresh, turn = memory.refresh or Refresh(0, 0, 0, 0, 0), memory.turnaround or Turnaround(-1, -1)
+        return cls(
+            1 / memory.bus_words_per_cycle,
+            (memory.latency_cycles, memory.write_latency_cycles),
+            refresh.period_cycles,
+            refresh.blocked_cycles,
+            refresh.drain_cycles,
+            (refresh.read_cycles, refresh.write_cycles),
+            (turn.to_write_cycles, turn.to_read_cycles),
+        )
+
+
+@lru_cache(maxsize=1)
+def _library() -> ctypes.CDLL:
+    library = shared_library("memory_port", "the memory's prediction", SOURCE)
+    handle, integer, i64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+    library.kv_port_new.restype = handle
+    library.kv_port_new.argtypes = [
+        ctypes.POINTER(_Timing), ctypes.POINTER(ctypes.c_double), ctypes.c_int, handle,
+    ]  # fmt: skip
+    library.kv_port_delete.restype, library.kv_port_delete.argtypes = None, [handle]
+    library.kv_port_add.restype = None
+    library.kv_port_add.argtypes = [handle, i64, *[integer] * 4, ctypes.POINTER(i64)]
+    return library
 
 
 class MemoryPort:
     """One master's view of channels: transfers are answered in the order in which they came, at the bus's rate.
 
     `first` is the number of the first channel, by which refreshes are staggered; a run starts with the memory.
-    `others`: what another master asked of the same channels in an earlier pass of the prediction.
+    `others`: another master of the same channels in an earlier pass of the prediction, whose transfers are served here.
+    A change of direction costs its turnaround, and a refresh holds up the columns behind it.
     """
 
     def __init__(
-        self, memory: MemoryTiming, channels: int, first: int = 0, others: Sequence[Transfer] = ()
+        self, memory: MemoryTiming, channels: int, first: int = 0, others: MemoryPort | None = None
     ) -> None:
-        self.memory = memory
-        self._interval = 1 / memory.bus_words_per_cycle
-        self.own: list[Transfer] = []
-        self._all = sorted(others, key=attrgetter("at"))
-        """Both masters', in order; where the next one stands among them depends on when it comes."""
-        self._free = [np.zeros((2, channels))]
-        """[2, channels] before each of these, as far as known: the earliest next beat read and answer of a write."""
-        if memory.refresh:
-            numbers = np.arange(first, first + channels) % REFRESH_PHASES + 1
-            self._due = memory.refresh.period_cycles * numbers / REFRESH_PHASES
+        self._memory, self._channels, self._library = memory, channels, _library()
+        period = memory.refresh.period_cycles if memory.refresh else 0
+        due = [period * (n % REFRESH_PHASES + 1) / REFRESH_PHASES for n in range(first, first + channels)]
+        self._handle: int | None = self._library.kv_port_new(
+            _Timing.of(memory), (ctypes.c_double * channels)(*due), channels, others and others._handle
+        )
+        self._answered = (ctypes.c_int64 * MAX_BURST_BEATS)()
 
-    def read(self, accepted: int, beats: int, channels: slice = slice(None)) -> np.ndarray:
-        """Cycle of each beat, of the latest of the channels; `accepted` is the address's transfer.
+    def __del__(self) -> None:
+        if getattr(self, "_handle", None):
+            self._library.kv_port_delete(self._handle)
+            self._handle = None
+
+    def read(self, accepted: int, beats: int, channels: slice = slice(None)) -> list[int]:
+        """Cycle of each beat, of the latest of the channels; `accepted` is the cycle of the address's transfer.
 
         Calls need not be in that order.
         """
-        return self._add(Transfer(accepted, beats, channels, write=False))
+        return self._add(accepted, beats, channels, write=False)
 
-    def write(self, sent: int, beats: int = 1, channels: slice = slice(None)) -> float:
+    def write(self, sent: int, beats: int = 1, channels: slice = slice(None)) -> int:
         """Cycle of the answer to a write whose last beat is transferred in cycle `sent`, of the latest channel."""
-        if self.memory.turnaround is None:
-            return sent + self.memory.write_latency_cycles
-        return float(self._add(Transfer(sent, beats, channels, write=True))[-1])
+        if self._memory.turnaround is None:
+            return sent + self._memory.write_latency_cycles
+        return self._add(sent, beats, channels, write=True)[-1]
 
-    def _add(self, transfer: Transfer) -> np.ndarray:
-        place = bisect_right(self._all, transfer.at, key=attrgetter("at"))
-        del self._free[place + 1 :]
-        while len(self._free) <= place:
-            self._free.append(self._serve(self._all[len(self._free) - 1], self._free[-1])[1])
-        self.own.append(transfer)
-        self._all.insert(place, transfer)
-        answered, free = self._serve(transfer, self._free[place])
-        self._free.append(free)
-        return answered
-
-    def _serve(self, transfer: Transfer, free: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Cycle of each beat, and what is free behind it."""
-        refresh, turn = self.memory.refresh, self.memory.turnaround
-        at, beats, channels, write = transfer
-        delay = 0.0
-        if refresh:
-            delay = refresh.write_cycles if write else refresh.read_cycles
-        latency = self.memory.write_latency_cycles if write else self.memory.latency_cycles
-        before = free[int(write), channels]
-        answered, end = self._transfer(np.maximum(before, at + latency), before, beats, channels, delay)
-        free = free.copy()
-        free[int(write), channels] = end
-        if turn:
-            free[int(not write), channels] = (
-                end - self._interval + (turn.to_read_cycles if write else turn.to_write_cycles)
-            )
-        return answered, free
-
-    def _transfer(
-        self, start: np.ndarray, free: np.ndarray, beats: int, channels: slice, delay: float
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Cycle of each beat of the latest channel, and per channel the cycle behind the last one.
-
-        `delay`: from a column, which is what a refresh holds up, to its beat.
-        """
-        steps = np.arange(beats) * self._interval
-        refresh = self.memory.refresh
-        if not refresh:
-            return start.max() + steps, start + beats * self._interval
-        period, blocked, drain = refresh.period_cycles, refresh.blocked_cycles, refresh.drain_cycles
-        due = self._due[channels] + delay
-        passed = np.floor((start - due) / period)
-        latest = due + passed * period
-        before = free - self._interval
-        opens = np.where(before < latest, np.maximum(latest, before + drain), latest)
-        start = np.where(passed >= 0, np.maximum(start, opens + blocked), start)
-        coming = np.where(passed >= 0, latest + period, due)
-        if (start + steps[-1] < coming).all():
-            return start.max() + steps, start + beats * self._interval
-        fit = np.ceil((coming - start) / self._interval)
-        opens = np.maximum(coming, start + (fit - 1) * self._interval + drain)
-        jump = np.maximum(0, opens + blocked - start - fit * self._interval)
-        times = start[:, None] + steps + np.where(np.arange(beats) >= fit[:, None], jump[:, None], 0)
-        return times.max(axis=0), times[:, -1] + self._interval
+    def _add(self, at: int, beats: int, channels: slice, write: bool) -> list[int]:
+        if beats > MAX_BURST_BEATS:
+            raise KVStrataError(f"a burst has at most {MAX_BURST_BEATS} beats; got {beats}")
+        start, stop, _ = channels.indices(self._channels)
+        self._library.kv_port_add(self._handle, at, beats, start, stop, write, self._answered)
+        return self._answered[:beats]

@@ -4,8 +4,6 @@ One source of timing and of statistics serves the C++ harness, cocotb and plain 
 """
 
 import ctypes
-import os
-import subprocess
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import NamedTuple
 
 from golden.spec import KVStrataError
 from golden.spec.memory import CHANNEL_BYTES, MemoryModel
-from hw.flow.cache import cached_directory, content_key
+from hw.flow.cxx import shared_library
 
 SOURCES = Path(__file__).parent
 
@@ -77,31 +75,7 @@ class WriteRequest(NamedTuple):
 
 @lru_cache(maxsize=1)
 def _library() -> ctypes.CDLL:
-    files = [SOURCES / "hbm_capi.cpp", SOURCES / "hbm_model.h"]
-    compiler = os.environ.get("CXX", "g++")
-
-    def build(work: Path) -> None:
-        command = [
-            compiler,
-            "-std=c++20",
-            "-O2",
-            "-shared",
-            "-fPIC",
-            str(files[0]),
-            "-o",
-            str(work / "hbm.so"),
-        ]
-        try:
-            result = subprocess.run(command, capture_output=True, text=True, check=False)
-        except FileNotFoundError:
-            raise KVStrataError(
-                f"the memory model needs the compiler {compiler}, which was not found"
-            ) from None
-        if result.returncode:
-            raise KVStrataError(f"compiling the memory model failed: {result.stderr[:400]}")
-
-    directory = cached_directory("hbm", content_key(compiler, *(f.read_bytes() for f in files)), build)
-    library = ctypes.CDLL(str(directory / "hbm.so"))
+    library = shared_library("hbm", "the memory model", SOURCES / "hbm_capi.cpp", SOURCES / "hbm_model.h")
     u64, u32, integer, handle = ctypes.c_uint64, ctypes.c_uint32, ctypes.c_int, ctypes.c_void_p
     signatures: dict[str, tuple[Iterable, object]] = {
         "kv_error": ((), ctypes.c_char_p),

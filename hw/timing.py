@@ -9,6 +9,7 @@ from functools import lru_cache
 from golden.spec.engine import Codes, EngineConfig, StreamFormat
 from hw.engine.decoder import PATTERN_WORDS
 from hw.engine.drain import Drain
+from hw.engine.lane import accumulator_banks
 from hw.engine.matrix import ISSUE_TO_FINAL
 
 DRAIN_START = ISSUE_TO_FINAL + 1
@@ -67,7 +68,7 @@ def matrix_cycles(config: EngineConfig, product: Product) -> int:
     - it comes into use in the next cycle, or when the word of its kind in use is given up;
     - a piece of a step is emitted one cycle later, one per cycle, once the step before has left for the array;
     - a step enters the array one cycle later, `vectors` cycles after the step before; the first step of a row block
-      also waits for the drain of the row block before last (two accumulator banks);
+      also waits for the drain of the row block that had its accumulators (`accumulator_banks`);
     - a row block drains `vectors * groups` cycles, from `DRAIN_START` after its last issue, one block after another.
     """
     stream, steps, vectors = product.stream, product.steps, product.vectors
@@ -75,7 +76,8 @@ def matrix_cycles(config: EngineConfig, product: Product) -> int:
     scale_period, pattern_period, code_period = _periods(config, stream)
     scale, pattern, code = _Kind(), _Kind(), _Kind()
     word = emitted = 0
-    entered, left = -vectors, [0, 0]
+    banks = accumulator_banks(config, vectors)
+    entered, left = -vectors, [0] * banks
     for _ in range(product.blocks):
         for step in range(steps):
             needed = [code]
@@ -101,7 +103,7 @@ def matrix_cycles(config: EngineConfig, product: Product) -> int:
                     for kind, period in ((scale, scale_period), (pattern, pattern_period)):
                         if period and (last or step % period == period - 1):
                             kind.dropped = emitted
-            start = left[-2] + 1 if step == 0 else 0
+            start = left[-banks] + 1 if step == 0 else 0
             entered = max(entered + vectors, emitted + 1, start)
         left.append(max(entered + vectors - 1 + DRAIN_START, left[-1] + 1) + drain - 1)
     return left[-1] + DRAIN_END + 1

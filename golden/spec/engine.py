@@ -367,9 +367,18 @@ FIELDS: dict[Op, tuple[tuple[str, int], ...]] = {
         ("dst_stride", 16),  # VB words between vectors
         ("vec_group", 5),  # values: vectors per KV head of the block; 0 = every row belongs to every vector
         ("vec_rows", 9),  # values: rows (head elements) per KV head
+        ("follows", 1),  # one vector: take its codes as the QUANT that is `counted` writes them
+        ("collect", 1),  # the results are one vector whose extremes a `fresh` NORM or QUANT finds
+        ("joins", 1),  # with `collect`: they go on where the product before ended, and their extremes join
     ),
     Op.NORM: (*_VECTOR, ("exponent", 6), ("epsilon", 48)),
-    Op.QUANT: (*_VECTOR, ("factor", 16), ("exponent", 6), ("rectify", 1)),
+    Op.QUANT: (
+        *_VECTOR,
+        ("factor", 16),
+        ("exponent", 6),
+        ("rectify", 1),
+        ("counted", 1),  # one vector: its groups are counted for the product that `follows`, and only for it
+    ),
     Op.ROPE: _VECTOR,
     Op.GATE: _VECTOR,
     Op.SOFTMAX: (

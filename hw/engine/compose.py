@@ -19,6 +19,7 @@ from hw.engine.drain import ScaleLane
 from hw.engine.lane import Lane, Multipliers
 from hw.engine.matrix import Issue
 from hw.engine.mem.append import AppendUnit
+from hw.engine.mem.channels import BURSTS_AHEAD
 from hw.engine.mem.dma import DmaUnit
 from hw.engine.mem.reader import ReadChannel
 from hw.engine.sfu.fetch import Fetch, Reducer
@@ -40,7 +41,9 @@ DSP_BUDGET = 4497
 
 def parts(config: EngineConfig, lanes_without_dsp: int = 0) -> list[Part]:
     """The logic of an engine, block by block."""
-    channel = {"addr_bits": ADDR_BITS, "data_bits": WORD_BITS, "fifo_beats": config.fifo_words}
+    channel = {
+        "addr_bits": ADDR_BITS, "data_bits": WORD_BITS, "fifo_beats": config.fifo_words, "max_bursts": BURSTS_AHEAD,
+    }  # fmt: skip
     return [
         Part("half pair of rows", config.lanes, partial(LanePair, STEP // 2, primitives=True), area=True),
         Part(

@@ -6,7 +6,7 @@ from amaranth.lib.wiring import In, Out
 
 from golden.spec.engine import EngineConfig
 from golden.spec.formats import ATTN_ACC_BITS, VEC_BITS
-from hw.engine.interfaces import TABLE_ADDR, VB_ADDR, OutputScale, table_write, vb_read, vb_write
+from hw.engine.interfaces import TABLE_ADDR, VB_ADDR, OutputScale, collected, table_write, vb_read, vb_write
 from hw.engine.lane import BANKS
 from hw.lib.arith import round_half, saturate, shift_left
 from hw.lib.memories import TypedMemory
@@ -23,7 +23,8 @@ SPLIT = 17
 class DrainOp(data.Struct):
     """One row block to drain."""
 
-    bank: 1
+    slot: 5
+    """Accumulator of vector 0."""
     vectors: 5
     table: TABLE_ADDR
     dst: VB_ADDR
@@ -31,6 +32,8 @@ class DrainOp(data.Struct):
     accumulate: 1
     vec_group: 5
     vec_rows: 9
+    collect: 1
+    joins: 1
     last: 1
 
 
@@ -73,6 +76,7 @@ class Drain(wiring.Component):
     `i`: row blocks; a transfer says that the accumulators are final. `slot` selects the accumulator in all lanes,
     `acc` is the answer of the same cycle. `free` pulses when the bank has been read, `done` when the last word of an
     operation is in the vector buffer. The VB ports have the buffer's top priority: `rdy` is taken for granted.
+    `collected` shows what is written by an operation that asks for it.
 
     A block of v vectors takes `vectors * groups` cycles; the last word is written `latency` cycles after its read.
     """
@@ -89,6 +93,7 @@ class Drain(wiring.Component):
                 "table": In(table_write()),
                 "y": Out(vb_write(config)),
                 "old": Out(vb_read(config)),
+                "collected": Out(collected(config)),
                 "free": Out(1),
                 "done": Out(1),
             }
@@ -97,7 +102,7 @@ class Drain(wiring.Component):
     def elaborate(self, platform):
         m = Module()
         lanes, groups = self._config.vector_lanes, self._config.lanes // self._config.vector_lanes
-        op, active, group, address, finish = self._walk(m, groups)
+        op, active, group, address, ends = self._walk(m, groups)
         m.submodules.table = table = TypedMemory(
             OutputScale, self._config.table_entries, asynchronous_read=True, ram_style="distributed"
         )
@@ -115,14 +120,15 @@ class Drain(wiring.Component):
                 with m.Case(g):
                     m.d.sync += Value.cast(acc).eq(Value.cast(self.acc)[g * width :][:width])
         m.d.comb += table.r[0].addr.eq(op["entry"])
-        writes = self._delay(m, active, address, op["accumulate"], finish)
+        writes = self._delay(m, active, address, op, ends)
         for i in range(lanes):
             lane = place(m, platform, f"scale_{i}", "scale_lane", ScaleLane)
             total = Signal(signed(VEC_BITS), name=f"total_{i}", reset_less=True)
             old = self.old.data[VEC_BITS * i :][:VEC_BITS].as_signed()
             m.d.comb += [lane.acc.eq(acc[i]), Value.cast(lane.scale).eq(Value.cast(scale))]
             m.d.sync += total.eq(saturate(lane.y + Mux(writes["accumulate"], old, 0), VEC_BITS))
-            m.d.comb += self.y.data[VEC_BITS * i :][:VEC_BITS].eq(total)
+            for port in (self.y, self.collected):
+                m.d.comb += port.data[VEC_BITS * i :][:VEC_BITS].eq(total)
         return m
 
     def _walk(self, m, groups):
@@ -143,7 +149,7 @@ class Drain(wiring.Component):
             finish.eq(active & last_group & last_vector),
             self.i.ready.eq(~active | finish),
             self.free.eq(finish),
-            self.slot.eq(op.bank * self._config.tokens + vector),
+            self.slot.eq(op.slot | vector),
         ]
         with m.If(active):
             m.d.sync += [group.eq(group + 1), left.eq(left - 1), address.eq(address + 1)]
@@ -167,16 +173,20 @@ class Drain(wiring.Component):
             m.d.sync += [Value.cast(op).eq(Value.cast(new)), active.eq(1)]
             m.d.sync += [x.eq(0) for x in (vector, in_group, first_group, group)]
             m.d.sync += [base.eq(new.dst), address.eq(new.dst), entry.eq(new.table), left.eq(count(new))]
-        return {"entry": entry, "accumulate": op.accumulate}, active, group, address, finish & op.last
+        carried = {"accumulate": op.accumulate, "collect": op.collect, "joins": op.joins, "last": finish}
+        return {"entry": entry, **carried}, active, group, address, finish & op.last
 
-    def _delay(self, m, active, address, accumulate, finish):
+    def _delay(self, m, active, address, op, finish):
         """Carries a read's address along the scale lanes; the residual is read one cycle before it is added."""
-        layout = data.StructLayout({"valid": 1, "addr": unsigned(VB_ADDR), "accumulate": 1, "finish": 1})
+        carried = ("accumulate", "collect", "joins", "last")
+        layout = data.StructLayout(
+            {"valid": 1, "addr": unsigned(VB_ADDR), **dict.fromkeys(carried, 1), "finish": 1}
+        )
         stage = Signal(layout, name="stage_0")
         m.d.sync += [
             stage.valid.eq(active),
             stage.addr.eq(address),
-            stage.accumulate.eq(accumulate),
+            *(stage[name].eq(op[name]) for name in carried),
             stage.finish.eq(finish),
         ]
         stages = [stage]
@@ -191,6 +201,9 @@ class Drain(wiring.Component):
             self.y.en.eq(writing.valid),
             self.y.addr.eq(writing.addr),
             self.y.mask.eq(Const(-1, self._config.vector_lanes)),
+            self.collected.en.eq(writing.valid & writing.collect),
+            self.collected.last.eq(writing.last),
+            self.collected.joins.eq(writing.joins),
         ]
         m.d.sync += self.done.eq(writing.finish)
         return {"accumulate": adding.accumulate}

@@ -65,6 +65,7 @@ class Engine(wiring.Component):
         for writer, port in (("drain_w", matrix.y), ("y", vector.y), ("dma_w", dma.vb_write)):
             connect(m, port, getattr(buffer, writer))
         connect(m, vector.act, matrix.act)
+        connect(m, matrix.collected, vector.collected)
         connect(m, vector.table, matrix.table)
         connect(m, vector.kv, append.kv)
         for c in range(config.channels):

@@ -60,14 +60,28 @@ class GroupSide(data.Struct):
 
 
 def act_write():
-    """Write port of the A8 buffer, seen from the writer; always accepted. One group of 32 int8 codes."""
+    """Write port of the A8 buffer, seen from the writer; always accepted. One group of 32 int8 codes.
+
+    `counted`: the group is one of those that a product `follows`.
+    """
     return wiring.Signature(
         {
             "en": Out(1),
             "addr": Out(GROUP_ADDR),
             "codes": Out(8 * STEP),
             "side": Out(GroupSide),
+            "counted": Out(1),
         }
+    )
+
+
+def collected(config: EngineConfig):
+    """A VB word that a collecting product writes, seen from the drain; always accepted.
+
+    `last` of its row block, whose extremes join those before if it `joins`.
+    """
+    return wiring.Signature(
+        {"en": Out(1), "data": Out(32 * config.vector_lanes), "last": Out(1), "joins": Out(1)}
     )
 
 
@@ -113,6 +127,7 @@ class VectorOp(data.Struct):
     state: VB_ADDR
     bits: 4
     rectify: 1
+    counted: 1
 
 
 def kv_record(config: EngineConfig):
@@ -202,3 +217,6 @@ class MatrixOp(data.Struct):
     dst_stride: 16
     vec_group: 5
     vec_rows: 9
+    follows: 1
+    collect: 1
+    joins: 1

@@ -6,6 +6,7 @@ from amaranth import Cat, Const, Module, Mux, Signal, Value, signed
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
+from golden.spec.engine import EngineConfig
 from golden.spec.formats import ATTN_ACC_BITS
 from hw.engine.array import DOT_BITS, LanePair
 from hw.lib.arith import digit_product, one_of_four, resize, shift_left, thrice
@@ -13,8 +14,21 @@ from hw.lib.memories import TypedMemory
 from hw.lib.pipeline import Pipe
 
 BANKS = 2
+"""Row blocks in the accumulators at once: one that grows, others that wait for the drain."""
+NARROW_BANKS = 8
+"""The same, of few vectors (`narrow`): row blocks of keys are shorter than their drain, those of values much longer."""
 ADDEND_BITS = 52
 SUM_BITS = 14
+
+
+def narrow(tokens: int) -> int:
+    """Vectors at most of an operation that has `NARROW_BANKS`."""
+    return BANKS * tokens // NARROW_BANKS
+
+
+def accumulator_banks(config: EngineConfig, vectors: int) -> int:
+    """Banks that an operation of so many vectors uses."""
+    return NARROW_BANKS if vectors <= narrow(config.tokens) else BANKS
 
 
 class Half(data.Struct):

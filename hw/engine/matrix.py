@@ -16,12 +16,22 @@ from hw.engine.interfaces import (
     GroupSide,
     MatrixOp,
     act_write,
+    collected,
     table_write,
     vb_read,
     vb_write,
     word_stream,
 )
-from hw.engine.lane import BANKS, AddControl, Lane, RecordControl, ScaleControl, UpdateControl
+from hw.engine.lane import (
+    BANKS,
+    NARROW_BANKS,
+    AddControl,
+    Lane,
+    RecordControl,
+    ScaleControl,
+    UpdateControl,
+    narrow,
+)
 from hw.lib.arith import thrice
 from hw.lib.memories import TypedMemory
 from hw.lib.shared import place
@@ -75,7 +85,11 @@ class Issue(wiring.Component):
     """Walks row blocks, steps and vectors; fires one (step, vector) per cycle.
 
     A step is taken from the decoder with its first vector. The first step of a row block waits for a free accumulator
-    bank. `final` offers each row block when its accumulators are final.
+    bank: `accumulator_banks` of the operation, and none while an operation with another number of them drains. `final`
+    offers each row block when its accumulators are final.
+
+    `counted`: a group of codes of the operation that `follows` was written, readable from the next cycle on. Each step
+    of its first row block waits for the groups that it reads.
     """
 
     def __init__(self, config: EngineConfig):
@@ -85,6 +99,7 @@ class Issue(wiring.Component):
                 "op": In(stream.Signature(MatrixOp)),
                 "step": In(stream.Signature(0)),
                 "free": In(1),
+                "counted": In(1),
                 "fire": Out(1),
                 "load": Out(1),
                 "addr": Out(range(config.act_words)),
@@ -104,18 +119,21 @@ class Issue(wiring.Component):
         m = Module()
         op, busy = Signal(MatrixOp), Signal()
         step, block, vector = Signal(16), Signal(16), Signal(5)
-        base, bank, pending = Signal(16), Signal(), Signal(range(BANKS + 1))
+        base, bank, pending = Signal(16), Signal(range(NARROW_BANKS)), Signal(range(NARROW_BANKS + 1))
+        few, changed = Signal(), Signal()
         dst = Signal(20)
         last_vector, last_step, last_block = Signal(), Signal(), Signal()
         last = Signal()
         sparse = op.codes == Codes.S24
         starts = (step == 0) & (vector == 0)
-        blocked = starts & (pending == BANKS)
+        full = Mux(few, pending == NARROW_BANKS, pending >= BANKS)
+        uncoded = self._codes(m, op, sparse, block)
+        blocked = (starts & (full | (changed & (pending != 0)))) | uncoded
         m.d.comb += [
             last_vector.eq(vector == op.vectors - 1),
             last_step.eq(step == op.steps - 1),
             last_block.eq(block == op.blocks - 1),
-            self.no_bank.eq(busy & blocked),
+            self.no_bank.eq(busy & blocked & ~uncoded),
             self.no_weights.eq(busy & ~blocked & (vector == 0) & ~self.step.valid),
             self.fire.eq(busy & ~blocked & ((vector != 0) | self.step.valid)),
             self.load.eq(self.fire & (vector == 0)),
@@ -126,7 +144,7 @@ class Issue(wiring.Component):
             self.offset.eq(op.offset),
             self.values.eq(op.values),
             self.first.eq(step == 0),
-            self.slot.eq(bank * self._config.tokens + vector),
+            self.slot.eq(self._first_slot(few, bank) | vector),
             last.eq(self.fire & last_vector & last_step),
             self.op.ready.eq(~busy | (last & last_block)),
         ]
@@ -136,7 +154,7 @@ class Issue(wiring.Component):
                 m.d.sync += [vector.eq(0), base.eq(op.addr), step.eq(step + 1)]
                 with m.If(last_step):
                     blocks = self._config.lanes // self._config.vector_lanes
-                    m.d.sync += [step.eq(0), block.eq(block + 1), bank.eq(~bank), dst.eq(dst + blocks)]
+                    m.d.sync += [step.eq(0), block.eq(block + 1), bank.eq(bank + 1), dst.eq(dst + blocks)]
                     with m.If(last_block):
                         m.d.sync += busy.eq(0)
         m.d.sync += pending.eq(pending + (self.fire & starts) - self.free)
@@ -144,18 +162,37 @@ class Issue(wiring.Component):
             new = self.op.p
             m.d.sync += [Value.cast(op).eq(Value.cast(new)), busy.eq(1), base.eq(new.addr), dst.eq(new.dst)]
             m.d.sync += [x.eq(0) for x in (step, block, vector)]
-        self._finals(m, op, bank, dst, last, last_block)
+            few_now = new.vectors <= narrow(self._config.tokens)
+            m.d.sync += [few.eq(few_now), changed.eq(few_now != few)]
+        with m.Elif(self.fire):
+            m.d.sync += changed.eq(0)
+        self._finals(m, op, self._first_slot(few, bank), dst, block, last, last_block)
         return m
 
-    def _finals(self, m, op, bank, dst, last, last_block):
-        """Finished blocks wait in a queue (at most two banks) until the pipeline has run dry behind them."""
-        m.submodules.finals = finals = StreamFIFO(DrainOp, BANKS)
+    def _first_slot(self, few, bank):
+        """Accumulator of a bank's vector 0; those of the others differ in the low bits."""
+        tokens = self._config.tokens
+        return Mux(few, bank * narrow(tokens), (bank % BANKS) * tokens)
+
+    def _codes(self, m, op, sparse, block):
+        """Counts groups for the operation that follows them; whether the step at hand lacks its own."""
+        written, takes, waits = Signal(range(2 * self._config.act_words + 1)), Signal(), Signal()
+        m.d.comb += [
+            waits.eq(op.follows & (block == 0)),
+            takes.eq(waits & self.fire),
+        ]
+        m.d.sync += written.eq(written + self.counted - Mux(takes, Mux(sparse, 2, 1), 0))
+        return waits & Mux(sparse, ~written[1:].any(), ~written.any())
+
+    def _finals(self, m, op, slot, dst, block, last, last_block):
+        """Finished blocks wait in a queue (one per bank) until the pipeline has run dry behind them."""
+        m.submodules.finals = finals = StreamFIFO(DrainOp, NARROW_BANKS)
         finished = Signal(ISSUE_TO_FINAL - 1)
-        ready = Signal(range(BANKS + 1))
+        ready = Signal(range(NARROW_BANKS + 1))
         item = finals.i.p
         m.d.comb += [
             finals.i.valid.eq(last),
-            item.bank.eq(bank),
+            item.slot.eq(slot),
             item.vectors.eq(op.vectors),
             item.table.eq(op.table),
             item.dst.eq(dst),
@@ -163,6 +200,8 @@ class Issue(wiring.Component):
             item.accumulate.eq(op.accumulate),
             item.vec_group.eq(op.vec_group),
             item.vec_rows.eq(op.vec_rows),
+            item.collect.eq(op.collect),
+            item.joins.eq(op.joins | (block != 0)),
             item.last.eq(last_block),
             Value.cast(self.final.payload).eq(Value.cast(finals.o.payload)),
             self.final.valid.eq(finals.o.valid & (ready != 0)),
@@ -195,6 +234,7 @@ class MatrixUnit(wiring.Component):
                 "table": In(table_write()),
                 "y": Out(vb_write(config)),
                 "old": Out(vb_read(config)),
+                "collected": Out(collected(config)),
                 "fired": Out(1),
                 "no_weights": Out(1),
                 "no_bank": Out(1),
@@ -215,11 +255,13 @@ class MatrixUnit(wiring.Component):
         connect(m, wiring.flipped(self.table), drain.table)
         connect(m, drain.y, wiring.flipped(self.y))
         connect(m, drain.old, wiring.flipped(self.old))
+        connect(m, drain.collected, wiring.flipped(self.collected))
         for c, words in enumerate(self.words):
             connect(m, wiring.flipped(words), decoder.words[c])
         m.d.comb += [
             acts.addr.eq(issue.addr),
             issue.free.eq(drain.free),
+            issue.counted.eq(self.act.en & self.act.counted),
             self.done.eq(drain.done),
             self.fired.eq(issue.fire),
             self.no_weights.eq(issue.no_weights),

@@ -121,15 +121,21 @@ class AttentionEmitter(Emitter):
         several = self.model.group > 1 or self.map.kv_layout.heads_per_block > 1
         return bool(ragged) or self.attention_tokens > 1 and several
 
+    @property
+    def _collects(self) -> bool:
+        """Whether the extremes of the attention output are known when its last head is: one token's, in its place."""
+        return self.tokens == 1 and not self._copies_values
+
     def _attention(self, layer: int, first: int, count: int) -> None:
         """Attention of tokens [first, first + count) of the pass, block of KV heads by block: keys of the next softmax
         stream while the vector unit works on this one."""
         per_block, heads = self.map.kv_layout.heads_per_block, range(self.model.kv_heads)
         together = self.at.softmax_heads
         turns = [heads[i : i + together] for i in range(0, len(heads), together)]
-        for head in turns[0]:
+        ahead = self.at.softmax_ahead
+        for head in (h for turn in turns[:ahead] for h in turn):
             self._scores(layer, head, first, count)
-        for turn, following in zip(turns, [*turns[1:], range(0)]):
+        for turn, following in zip(turns, [*turns[ahead:], *[range(0)] * ahead]):
             for head in following:
                 self._scores(layer, head, first, count)
             block, place = divmod(turn[0], per_block)
@@ -254,7 +260,7 @@ class AttentionEmitter(Emitter):
             Op.MATRIX, note, [p8.span(block, 0, vectors), scale.span(block, 0, vectors)], [out],
             codes=self._kv_codes, values=1, group_steps=1, count=0, count_reg=R.TILES, steps=layout.value_blocks,
             vectors=vectors, addr=p8.at(0, block), stride=p8.words, table=scale.at(0, block),
-            dst=dst, dst_stride=stride,
+            dst=dst, dst_stride=stride, collect=int(self._collects), joins=int(self._collects and block > 0),
             vec_group=per_head if layout.heads_per_block > 1 else 0, vec_rows=self.model.head_size,
         )  # fmt: skip
         if self._copies_values:

@@ -14,6 +14,8 @@ from golden.spec.formats import ATTN_TILE
 from sw_stack.compile.builder import Span
 from sw_stack.pack.memory_map import MemoryMap
 
+SOFTMAX_AHEAD = 3
+"""SOFTMAXes whose scores the array computes before it waits for the one at hand; 1 where their places are dear."""
 ACT_CODES = 64
 """A8 codes per word."""
 
@@ -91,9 +93,15 @@ class Buffers:
         self.x = vb.block("the residual stream", hidden, tokens, bank=0)
         if model.gated:
             self.gate = vb.block("gate", memory_map.row_words(model.ffn), tokens, bank=2)
+        score_words = memory_map.score_words * self.queries * self.softmax_heads
+        small = (SOFTMAX_AHEAD + 1) * score_words <= engine.vb_words // VB_BANKS // 4
+        self.softmax_ahead = SOFTMAX_AHEAD if tokens == 1 and small else 1
+        turns = self.softmax_ahead + 1
+        probabilities = self.queries * per_block
         self.scores = vb.block(
-            "attention scores", memory_map.score_words, self.queries, bank=3, buffers=2 * self.softmax_heads
-        )
+            "attention scores", memory_map.score_words, self.queries, bank=3,
+            buffers=turns * self.softmax_heads,
+        )  # fmt: skip
         self.up = vb.block("up", memory_map.row_words(model.ffn), tokens, bank=1)
         self.value_scales = vb.block("V scales", slot_words, model.kv_heads, bank=0)
         self.q = vb.block("q", memory_map.row_words(q_rows), tokens, bank=2)
@@ -124,10 +132,10 @@ class Buffers:
         far_queries = all_queries if memory_map.sink_slots else 0
         self.far_q8 = act.block("queries to sinks", _act_words(model.head_size), far_queries)
         tiles = memory_map.slots // ATTN_TILE
-        self.p8 = act.block("probabilities", -(-tiles // 2), self.queries * per_block, buffers=2)
+        self.p8 = act.block("probabilities", -(-tiles // 2), probabilities, buffers=turns)
         table = Allocator("table", 1, engine.table_entries)
         self.linear_scale = table.block("activation scales", 1, tokens)
-        self.p_scale = table.block("softmax scales", 1, self.queries * per_block, buffers=2)
+        self.p_scale = table.block("softmax scales", 1, probabilities, buffers=turns)
         self.q_scale = table.block("query scales", 1, all_queries)
         self.far_scale = table.block("scales of queries to sinks", 1, far_queries)
 

@@ -39,6 +39,11 @@ class Instruction:
     signal: int = 0
 
     @property
+    def follows(self) -> bool:
+        """A product that takes the codes of the QUANT before it as they are written, instead of a token."""
+        return bool(self.values.get("follows", 0))
+
+    @property
     def unit(self) -> Unit | None:
         """The executing unit; None for HALT, which the fetcher executes."""
         return None if self.op is Op.HALT else Unit(self.op >> 4)
@@ -110,6 +115,8 @@ class Builder:
                 if source <= covered.get((producer, consumer), -1):
                     continue
                 covered[producer, consumer] = source
+                if instruction.follows and self.instructions[source].values.get("counted", 0):
+                    continue
                 instruction.wait |= 1 << producer
                 signaller = self.instructions[source]
                 if signaller.signal >> consumer & 1:

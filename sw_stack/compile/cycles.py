@@ -18,17 +18,22 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from golden.spec.engine import STEP, WORD_BYTES, Codes, EngineConfig, Op, StreamFormat
+from golden.spec.formats import ATTN_TILE
 from golden.spec.memory import MAX_BURST_BEATS
 from hw.engine.decoder import PATTERN_WORDS
 from hw.engine.fetch import FIFO_BEATS, PER_WORD
+from hw.engine.lane import BANKS, NARROW_BANKS, accumulator_banks
 from hw.engine.mem.address import AddressGenerator
 from hw.engine.mem.append import AHEAD, HANDOVER
 from hw.engine.mem.append_ports import JOBS, PIECES, WordWriter
+from hw.engine.mem.channels import BURSTS_AHEAD
 from hw.engine.mem.reader import ReadChannel
 from hw.engine.mem.striped import BURST_QUEUE
 from hw.engine.queue import QUEUE_DEPTH, UnitQueue
-from hw.engine.sfu.timing import instruction_cycles
-from hw.engine.sfu.unit import SETTLE_WORDS
+from hw.engine.sfu.retire import GroupWriter
+from hw.engine.sfu.softmax import DIVIDE_PERIOD, VECTORS_IN_FLIGHT, SoftmaxUnit
+from hw.engine.sfu.timing import FIRST_WORD, instruction_cycles
+from hw.engine.sfu.unit import SCORES_IN, SETTLE_GROUPS, SETTLE_WORDS
 from hw.timing import DRAIN_END, DRAIN_START
 from sw_stack.compile.memory import MemoryPort, MemoryTiming
 
@@ -75,6 +80,8 @@ class WordStream:
         self.taken: list[int] = []
         """Cycle in which the decoder took each word."""
         self._requests = [-1] * BURST_QUEUE
+        self._answered = [-1] * BURSTS_AHEAD
+        """Cycle in which the last word of each burst was on the bus."""
         self._checked = self._handed = -1
         """Cycles in which the latest burst of all passed the region's check and went to the channels' queues."""
         self._jobs: list[Job] = []
@@ -117,16 +124,17 @@ class WordStream:
         job.handed = max(self._checked + AddressGenerator.latency - 2, self._requests[-BURST_QUEUE] + 1)
         self._handed = job.handed
         room = self.taken[burst.need - 1] + 1 if burst.need > 0 else 0
-        requested = max(job.handed + 1, self._requests[-1] + 1, room)
+        requested = max(job.handed + 1, self._requests[-1] + 1, room, self._answered[-BURSTS_AHEAD] + 1)
         self._requests.append(requested)
         arrived = self._port.read(requested + ADDRESS, burst.beats)
+        self._answered.append(arrived[-1])
         self._arrived += [beat + FIFO_OUT for beat in arrived]
 
     def take(self, earliest: int) -> int:
         """The array takes the next word in the first cycle from `earliest` in which it is there."""
         cycle = max(earliest, self._arrived[len(self.taken)])
         self.taken.append(cycle)
-        if self._jobs:
+        if self._jobs and ((burst := self._jobs[0].next) is None or burst.need <= len(self.taken)):
             self._advance()
         return cycle
 
@@ -182,6 +190,28 @@ class ArrayOp:
     groups: int
 
 
+@dataclass(frozen=True)
+class CodesAhead:
+    """When the array may take the codes of a counted QUANT: group g in cycle `first + g * interval`."""
+
+    first: int
+    interval: int
+
+    @classmethod
+    def of(cls, start: int, lanes: int, count: int, fresh: bool) -> CodesAhead:
+        """Of a QUANT transferred in cycle `start`: `done` is `SETTLE_GROUPS` behind the last word, and a group counts
+        from the cycle behind its write."""
+        words, interval = -(-count // lanes), STEP // lanes
+        last = (
+            start + vector_cycles(Op.QUANT, lanes, count, 1, fresh) - SETTLE_GROUPS + GroupWriter.latency + 1
+        )
+        return cls(last - words + interval, interval)
+
+    def step(self, number: int, groups: int) -> int:
+        """Of the groups that step `number` reads, all steps before it having `groups` each as well."""
+        return self.first + (groups * (number + 1) - 1) * self.interval
+
+
 class Array:
     """MATRIX: decoder, array, two accumulator banks, drain; operations overlap as far as each stage lets them."""
 
@@ -193,28 +223,33 @@ class Array:
         self._have = dict.fromkeys(("scale", "pattern", "code"), 0)
         self._emitted, self._fired = -1, -1
         self._step_free = 0
-        self._drained = [-1, -1]
+        self._drained = [-1] * NARROW_BANKS
+        """Last accumulator read of the latest row blocks, oldest first."""
+        self._banks = BANKS
         self.free = 0
         """First cycle in which another operation is accepted: the word sequence handles one at a time."""
 
-    def run(self, accepted: int, op: ArrayOp) -> int:
-        """Cycle of `done` of an operation accepted in a cycle not before `free`."""
+    def run(self, accepted: int, op: ArrayOp, codes: CodesAhead | None = None) -> int:
+        """Cycle of `done` of an operation accepted in a cycle not before `free`; `codes`: when its vector comes."""
         plan = step_words(self._config, op.stream, op.steps)
         outgoing = max(accepted + 2, self._emitted + 2)
         issue = max(accepted + 1, self._fired) + 1
         earliest = accepted + 1
-        for _ in range(op.blocks):
-            bank = self._drained[-2] + 1
-            for words in plan:
+        banks = accumulator_banks(self._config, op.vectors)
+        changed, self._banks = banks != self._banks, banks
+        for block in range(op.blocks):
+            bank = self._drained[-1 if changed and not block else -banks] + 1
+            for step, words in enumerate(plan):
                 for kind in words.before:
                     self._take(kind, earliest)
                 self._step(words, op.stream.scaled, bool(op.stream.codes is Codes.S24), earliest, outgoing)
-                self._fired = max(self._emitted + 1, self._fired + 1, bank, issue)
+                coded = codes.step(step, op.stream.codes.step // STEP) if codes and not block else 0
+                self._fired = max(self._emitted + 1, self._fired + 1, bank, issue, coded)
                 self._step_free = self._fired
                 self._fired += op.vectors - 1
                 bank = 0
             read = max(self._fired + DRAIN_START, self._drained[-1] + 1) + op.vectors * op.groups - 1
-            self._drained = [self._drained[-1], read]
+            self._drained = [*self._drained[1:], read]
         self.free = self._took + 1
         return self._drained[-1] + DRAIN_END
 
@@ -247,6 +282,32 @@ class Array:
 def vector_cycles(op: Op, lanes: int, count: int, vectors: int, fresh: bool) -> int:
     """Cycles from a vector instruction's transfer to its `done`, no port stalling."""
     return instruction_cycles(op, lanes, count, vectors, fresh=fresh)
+
+
+class Softmaxes:
+    """SOFTMAXes behind each other: one is taken as soon as the scores of the one before are in the softmax unit."""
+
+    def __init__(self, lanes: int) -> None:
+        self._lanes = lanes
+        self._written = [-1] * VECTORS_IN_FLIGHT
+        """Cycle in which the scale of each of the latest vectors was written, oldest first."""
+        self.next = 0
+        """First cycle in which another SOFTMAX is taken."""
+
+    def run(self, start: int, count: int, vectors: int) -> int:
+        """Cycle of `done` of a SOFTMAX transferred in cycle `start`."""
+        words = -(-count // ATTN_TILE) * (ATTN_TILE // self._lanes)
+        begun = start + FIRST_WORD
+        for _ in range(vectors):
+            begun = max(begun, self._written[0] + 1)
+            ended = begun + words - 1
+            written = max(
+                ended + SoftmaxUnit.vector_latency_of(self._lanes), self._written[-1] + DIVIDE_PERIOD
+            )
+            self._written = [*self._written[1:], written]
+            begun = ended + 1
+        self.next = ended + SCORES_IN
+        return written + 1 + SETTLE_GROUPS
 
 
 @dataclass
@@ -335,7 +396,7 @@ class Append:
         """First cycle in which the reader takes another row block."""
         self._asked_at = 0
         self._scales = 0
-        """First cycle in which the last V scale record is seen answered."""
+        """First cycle behind the last V scale record's answer."""
         self._begun = [-1] * AHEAD
         """Cycle in which the emitter took each of the latest vectors, oldest first."""
         self._jobs = [Placed() for _ in range(JOBS)]
@@ -397,12 +458,14 @@ class Append:
         self._idle = last + 2
         # The auxiliary port changes owner in a cycle of its own, unless an answer is still to come.
         sent = last + 1 + (last + 1 + WordWriter.latency >= self._scales) + WordWriter.latency
-        self._scales = self._auxiliary.write(sent) + 1
-        return max(answered, self._scales)
+        answer = self._auxiliary.write(sent)
+        self._scales = answer + 1
+        return max(answered, answer + WordWriter.answer_latency)
 
     def _answered(self, written: int, channel: int) -> int:
         """First cycle in which a word, taken in cycle `written`, is seen answered."""
-        return self._port.write(written + WordWriter.latency, 1, slice(channel, channel + 1)) + 1
+        answer = self._port.write(written + WordWriter.latency, 1, slice(channel, channel + 1))
+        return answer + WordWriter.answer_latency
 
 
 WRITE_GATHER = 3

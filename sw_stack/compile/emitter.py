@@ -38,6 +38,8 @@ class Emitter:
         self.builder = Builder()
         self.fresh = 0
         """Whether the vector unit holds the extremes of the residual stream."""
+        self._codes_coming = 0
+        """Whether the next product takes its vector's codes as they are written."""
         self.score_scale = ScoreScale.of(self.model.head_size)
 
     def read_rope(self) -> None:
@@ -94,11 +96,11 @@ class Emitter:
         )  # fmt: skip
 
     def _residual(self, matrix: Matrix, note: str) -> None:
-        """A product added to the residual stream. Of one token by the vector unit, piece by piece behind the array, so
-        that the stream's extremes are known when its norm begins; of several in the drain."""
+        """A product added to the residual stream in the drain, which collects the stream's extremes for the norm behind
+        it. Rows of a token that do not fill their last row block are added by the vector unit, piece by piece."""
         self.fresh = int(self.tokens == 1)
-        if not self.fresh:
-            self._product(matrix, self.at.x, note, accumulate=1)
+        if not self.fresh or matrix.rows % self.engine.lanes == 0:
+            self._product(matrix, self.at.x, note, accumulate=1, collect=self.fresh)
             return
         for index, rows in enumerate(self._row_pieces(matrix.rows)):
             self._product(matrix, self.at.normed, note, rows=rows)
@@ -145,14 +147,22 @@ class Emitter:
 
     def _quantise(self, source: Block, width: int, note: str, fresh: int = 0, rectify: int = 0) -> None:
         a8, scale = self.at.a8, self.at.linear_scale
+        self._codes_coming = int(self.tokens == 1)
         self.builder.emit(
             Op.QUANT, note, [source.span()], [a8.span(), scale.span()],
             addr=source.base, stride=source.words, count=width, vectors=self.tokens, fresh=fresh, rectify=rectify,
+            counted=self._codes_coming,
             dst=a8.base * GROUPS_PER_WORD, dst_stride=a8.words * GROUPS_PER_WORD, table=scale.base,
         )  # fmt: skip
 
     def _product(
-        self, matrix: Matrix, dst: Block, note: str, accumulate: int = 0, rows: range | None = None
+        self,
+        matrix: Matrix,
+        dst: Block,
+        note: str,
+        accumulate: int = 0,
+        rows: range | None = None,
+        collect: int = 0,
     ) -> None:
         """A product, or some of its rows, from whole row blocks on, into their places of `dst`."""
         total = -(-matrix.rows // self.engine.lanes)
@@ -169,11 +179,13 @@ class Emitter:
         self.builder.emit(
             Op.MATRIX, note,
             [self.at.a8.span(), self.at.linear_scale.span(), *(out if accumulate else [])], out,
-            **stream_fields(matrix.stream), accumulate=accumulate,
+            **stream_fields(matrix.stream), accumulate=accumulate, follows=self._codes_coming,
+            collect=collect,
             count=blocks, steps=matrix.inner // matrix.stream.codes.step, vectors=self.tokens,
             addr=self.at.a8.base, stride=self.at.a8.words, table=self.at.linear_scale.base,
             dst=dst.at(offset=offset), dst_stride=dst.words,
         )  # fmt: skip
+        self._codes_coming = 0
 
     def _rope(
         self, source: Block, target: Block, first: int, heads: int, name: str, rows: Block | None = None

@@ -90,7 +90,7 @@ class LayerEmitter(AttentionEmitter):
         self._until_attention(layer)
         for first in range(0, self.tokens, self.attention_tokens):
             self._attention(layer, first, min(self.attention_tokens, self.tokens - first))
-        self.after_attention(layer)
+        self.after_attention(layer, fresh=int(self._collects))
 
     def share(self, layer: int) -> None:
         """Attention of one token over what the ring holds, exported for the rest to be added; q, k and v as well."""
@@ -188,10 +188,10 @@ class LayerEmitter(AttentionEmitter):
             accumulate=int(self.model.biases), rows=rows,
         )  # fmt: skip
 
-    def after_attention(self, layer: int) -> None:
-        """Output projection and feed-forward network, from `mixed` on."""
+    def after_attention(self, layer: int, fresh: int = 0) -> None:
+        """Output projection and feed-forward network, from `mixed` on; `fresh`: its extremes were collected."""
         name = f"layer {layer}"
-        self._quantise(self.at.mixed, self.model.heads * self.model.head_size, f"{name} o input")
+        self._quantise(self.at.mixed, self.model.heads * self.model.head_size, f"{name} o input", fresh=fresh)
         self._residual(self.map.matrices[f"layers.{layer}.o"], f"{name} o")
         self._norm(layer * 2 + 1, f"{name} ffn norm")
         if self.model.gated:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from sw_stack.compile.cycles import ArrayOp, Ports
 
 
-PASSES = 12
+PASSES = 32
 """Predictions at most until masters of one memory port agree on each other's transfers."""
 
 
@@ -90,6 +90,10 @@ class _Scheduler:
         self.append = cycles.Append(config, ports.append, ports.scales)
         self.dma = cycles.Dma(config, ports.dma)
         self.records = cycles.Records()
+        self.softmaxes = cycles.Softmaxes(config.vector_lanes)
+        self.scores_last = False
+        """Whether the vector unit's latest instruction is a SOFTMAX that exports nothing."""
+        self.codes: cycles.CodesAhead | None = None
         self.fetch = cycles.Fetch(ports.fetch)
         self.jobs: list[cycles.Job] = []
         self.starts: dict[Unit, list[int]] = {u: [] for u in Unit}
@@ -105,10 +109,12 @@ class _Scheduler:
             if unit is None:
                 break
             queued = self.fetch.queued(program.base, index, self.starts[unit])
-            start, why = self._ready(unit, queued)
+            start, why = self._ready(instruction, unit, queued)
             start, why = self._tokens(instruction, unit, start, why)
             fields = _with_registers(instruction, registers)
             done = self._execute(instruction.op, fields, start)
+            if unit is Unit.VECTOR:
+                self.scores_last = instruction.op is Op.SOFTMAX and not fields.get("export", 0)
             self.starts[unit].append(start)
             self.ends[unit].append(done)
             slots.append(Slot(index, unit, instruction.op, instruction.note, start, done + 1, why))
@@ -118,7 +124,7 @@ class _Scheduler:
         slots = [self._final(s, n) for s, n in zip(slots, order)]
         return Schedule(slots, self._end(slots, program), busy_cycles(slots), self._most_tokens())
 
-    def _ready(self, unit: Unit, queued: int) -> tuple[int, str]:
+    def _ready(self, instruction: Instruction, unit: Unit, queued: int) -> tuple[int, str]:
         """First cycle in which the unit takes another operation, and what it waits for until then."""
         from hw.engine.queue import IN_FLIGHT
 
@@ -129,6 +135,8 @@ class _Scheduler:
             free = self.array.free
         elif unit is Unit.APPEND:
             free = self.append.free
+        elif instruction.op is Op.SOFTMAX and self.scores_last:
+            free = self.softmaxes.next
         else:
             free = self._done(unit, -1) + 1 if ends else 0
         if len(ends) >= IN_FLIGHT:
@@ -165,13 +173,17 @@ class _Scheduler:
             self.jobs.append(self.words.load(start, f["addr"], f["count"], f["runs"], f["stride"]))
             return start
         if op is Op.MATRIX:
-            return self.array.run(start, _array_op(self.config, f))
+            return self.array.run(start, _array_op(self.config, f), self.codes if f.get("follows") else None)
         if op in (Op.READ, Op.WRITE):
             return self.dma.run(start, f, op is Op.WRITE)
         if op in (Op.APPEND_K, Op.APPEND_V):
             return self.append.run(start, f, op is Op.APPEND_V, self.records)
         lanes = self.config.vector_lanes
         fresh = bool(f.get("fresh", 0))
+        if op is Op.SOFTMAX:
+            return self.softmaxes.run(start, f["count"], f["vectors"])
+        if f.get("counted"):
+            self.codes = cycles.CodesAhead.of(start, lanes, f["count"], fresh)
         if op is Op.KVQUANT:
             self.records = cycles.Records.of(start, lanes, f["count"], f["vectors"], fresh)
         return start + cycles.vector_cycles(op, lanes, f["count"], f["vectors"], fresh)

@@ -95,6 +95,8 @@ class GoldenDevice:
                 tokens[unit][target] += item.fields["signal"] >> target & 1
         if left := sum(map(sum, tokens)):
             raise DeviceFault(Error.SHAPE, 0, f"{left} tokens were never taken")
+        if left := self.state.counted:
+            raise DeviceFault(Error.SHAPE, 0, f"{left} groups of codes were counted for no product")
         return RunResult()
 
     def _fetch(self, word: int, registers: list[int]) -> list[deque[_Queued]]:

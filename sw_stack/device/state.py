@@ -47,6 +47,8 @@ class EngineState:
     records: deque[KVRecord] = field(default_factory=deque)
     fresh: tuple[int, ...] | None = None
     """(dst, vectors, stride, count) of the last vector instruction, which `fresh` refers to."""
+    counted: int = 0
+    """Groups of codes that counted QUANTs wrote and no product that follows has taken."""
     decoded: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -68,3 +70,4 @@ class EngineState:
         self.loaded.clear()
         self.records.clear()
         self.fresh = None
+        self.counted = 0

@@ -59,6 +59,8 @@ def execute(state: EngineState, op: Op, fields: Fields) -> None:
 def inputs_ready(state: EngineState, op: Op, fields: Fields) -> bool:
     """Whether the streams hold what the instruction takes."""
     if op is Op.MATRIX:
+        if fields["follows"] and state.counted < _groups_followed(fields):
+            return False
         return sum(part.words for part in state.loaded) >= _matrix_words(state, fields)
     if op in (Op.APPEND_K, Op.APPEND_V):
         return len(state.records) >= fields["count"]
@@ -212,7 +214,14 @@ def _matrix_words(state: EngineState, f: Fields) -> int:
     return blocks * _matrix_stream(f).words_per_block(state.config, steps)
 
 
+def _groups_followed(f: Fields) -> int:
+    """Groups of codes that a row block reads."""
+    return _shape(f)[1] * Codes(f["codes"]).step // STEP
+
+
 def _matrix(state: EngineState, f: Fields) -> None:
+    if f["follows"] and f["vectors"] != 1:
+        raise UnitError(Error.SHAPE, f"a product follows the codes of one vector; got {f['vectors']}")
     if not 1 <= f["vectors"] <= state.config.tokens:
         raise UnitError(
             Error.SHAPE, f"the array passes 1 to {state.config.tokens} vectors; got {f['vectors']}"
@@ -232,6 +241,9 @@ def _matrix(state: EngineState, f: Fields) -> None:
     pre, mult, post = entries[:, 0], entries[:, 1], entries[:, 2]
     y = ops.sat(ops.rnd_shift(ops.rnd_shift(acc, pre[:, None]) * mult[:, None], post[:, None]), VEC_BITS)
     _drain(state, f, y.numpy())
+    if f["collect"]:
+        _collect(state, f, y.shape[1])
+    state.counted -= _groups_followed(f) * f["follows"]
 
 
 def _weights(state: EngineState, f: Fields, blocks: int, steps: int) -> torch.Tensor:
@@ -301,6 +313,15 @@ def _drain(state: EngineState, f: Fields, y: np.ndarray) -> None:
         old[:] = np.clip(row + old, -limit, limit - 1) if f["accumulate"] else row
 
 
+def _collect(state: EngineState, f: Fields, rows: int) -> None:
+    """A product's results as one vector for `fresh`: they must lie behind each other."""
+    rows = f["vec_rows"] if f["vec_group"] else rows
+    if f["vectors"] > 1 and f["dst_stride"] * state.config.vector_lanes != rows:
+        raise UnitError(Error.SHAPE, f"collected results of {rows} rows lie {f['dst_stride']} words apart")
+    written = (f["dst"], 1, 0, rows * f["vectors"])
+    state.fresh = _joined(state, written) if f["joins"] else written
+
+
 # --- vector unit --------------------------------------------------------------------------------------
 def _signed(value: int, bits: int) -> int:
     return value - (1 << bits) if value >> (bits - 1) else value
@@ -325,7 +346,10 @@ def _quant(state: EngineState, f: Fields) -> None:
     padded = torch.nn.functional.pad(a8.codes, (0, groups * STEP - f["count"])).unflatten(1, (groups, STEP))
     sides = np.zeros((len(x), groups, 3), np.int64)
     sides[..., 0] = padded.sum(-1).numpy()
+    if f["counted"] and len(x) != 1:
+        raise UnitError(Error.SHAPE, f"a product follows the codes of one vector; got {len(x)}")
     _store_act(state, f, padded.numpy().astype(np.int8), sides)
+    state.counted += groups * f["counted"]
     _store_table(state, f, torch.stack([torch.full_like(mult, ACC_PRESHIFT), mult, post], 1))
 
 

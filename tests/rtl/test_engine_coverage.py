@@ -44,6 +44,8 @@ WEIGHTS = ("w8", "w4", "w2", "w2s24")
 MANY = ("one", "many")
 MASKS = ("all", "sinks only", "window only", "sinks and window", "empty tile", "nothing")
 STALLS = ("no words", "no accumulator bank", "VB bank", "append busy")
+AHEAD = ("counted", "follows", "collect", "joins")
+"""Flags of instructions that begin before what they need is whole."""
 FRESH = (Op.NORM, Op.QUANT, Op.KVQUANT, Op.ROPE, Op.GATE, Op.ADD)
 
 GOALS = frozenset(
@@ -55,6 +57,7 @@ GOALS = frozenset(
         *product(["fresh"], [op.name for op in FRESH]),
         *product(["register"], ["addr", "count", "sinks"]),
         *(("rectify",), ("query scale",), ("export",)),
+        *product(AHEAD),
         *product(["mask"], MASKS),
         *(("token", u.name, v.name) for u, v in permutations(Unit, 2)),
         *(("at once", u.name, v.name) for u, v in combinations(Unit, 2)),
@@ -107,8 +110,8 @@ def instruction_bins(instruction: Instruction, registers: dict[int, int]) -> Bin
     found: Bins = {("op", op.name, many)}
     found |= {("token", u.name, instruction.unit.name) for u in Unit if f["wait"] >> u & 1}
     found |= {("fresh", op.name)} if f.get("fresh") else set()
-    for name, field in (("rectify", "rectify"), ("query scale", "factor"), ("export", "export")):
-        found |= {(name,)} if f.get(field) else set()
+    named = {"rectify": "rectify", "query scale": "factor", "export": "export", **{n: n for n in AHEAD}}
+    found |= {(name,) for name, field in named.items() if f.get(field)}
     for name in ("addr", "count", "sinks"):
         found |= {("register", name)} if registers.get(f.get(f"{name}_reg", 0)) else set()
     if op is Op.MATRIX:

@@ -111,6 +111,16 @@ HALT = encode(Op.HALT, interrupt=1)
 READ = {"addr": 0, "count": 1, "vectors": 1}
 FAULTS = {
     "unknown opcode": (0x99, Error.ILLEGAL_INSTRUCTION),
+    "reserved bit of HALT": (encode(Op.HALT) | 1 << 200, Error.ILLEGAL_INSTRUCTION),
+    "follows several": (
+        encode(Op.MATRIX, count=1, steps=1, group_steps=1, vectors=2, follows=1),
+        Error.SHAPE,
+    ),
+    "counts several": (encode(Op.QUANT, count=32, vectors=2, counted=1), Error.SHAPE),
+    "codes that nobody counts": (
+        encode(Op.MATRIX, count=1, steps=1, group_steps=1, vectors=1, follows=1),
+        Error.WATCHDOG,
+    ),
     "reserved bit": (encode(Op.READ, **READ) | 1 << 31, Error.ILLEGAL_INSTRUCTION),
     "no vectors": (encode(Op.MATRIX, count=1, steps=1, group_steps=1), Error.SHAPE),
     "too many vectors": (encode(Op.MATRIX, count=1, steps=1, group_steps=1, vectors=17), Error.SHAPE),

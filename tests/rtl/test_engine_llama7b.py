@@ -47,7 +47,7 @@ def check(layer, memories, tolerance):
 
 @pytest.mark.parametrize("weights", ["w4", "w2s24"])
 def test_a_narrow_layer_is_exact_and_as_long_as_predicted(tmp_path, weights):
-    shape = dataclasses.replace(llama_2_7b(context=96), hidden=256, heads=2, kv_heads=2, ffn=512)
+    shape = dataclasses.replace(llama_2_7b(context=96), hidden=512, heads=4, kv_heads=4, ffn=1024)
     check(random_layer(tmp_path / "image", shape, TINY, weights), (FIXED, HBM), NARROW_TOLERANCE)
 
 

@@ -82,7 +82,8 @@ class AppendUnit(wiring.Component):
             full = max(begun[n - AHEAD] if n >= AHEAD else 0, answered[n - JOBS] if n >= JOBS else 0) + 1
             handed = max(handed + Placer.interval, full)
             begun.append(max(handed + HANDOVER, begun[-1] + vector + 1 if begun else 0))
-            answered.append(begun[-1] + vector + WordWriter.latency + write_latency + 1)
+            written = begun[-1] + vector + WordWriter.latency
+            answered.append(written + write_latency + WordWriter.answer_latency)
         return answered[-1]
 
     def elaborate(self, platform):

@@ -45,6 +45,8 @@ class WordWriter(wiring.Component):
 
     latency = 1
     """From the transfer at `i` to address and data valid."""
+    answer_latency = 2
+    """From a response on the bus to `answered`: the ports' responses are counted behind a register."""
 
     def __init__(self, ports: int):
         self._ports = ports
@@ -73,10 +75,11 @@ class WordWriter(wiring.Component):
         m.d.sync += [address.eq(address_left), beat.eq(beat_left)]
         for job in range(JOBS):
             open_writes = Signal(range(WRITES_MAX + 1), name=f"open_writes_{job}")
-            answers = [port.bvalid & (port.bid == job) for port in self.axi]
+            answers = fold([port.bvalid & (port.bid == job) for port in self.axi], lambda x, y: x + y)
+            came = Signal(range(self._ports + 1), name=f"came_{job}")
             started = accepted & (self.i.payload.job == job)
             m.d.comb += self.answered[job].eq(open_writes == 0)
-            m.d.sync += open_writes.eq(open_writes + started - fold(answers, lambda x, y: x + y))
+            m.d.sync += [came.eq(answers), open_writes.eq(open_writes + started - came)]
         with m.If(accepted):
             chosen = 1 << self.i.payload.target
             m.d.sync += [held.eq(self.i.payload), address.eq(chosen), beat.eq(chosen)]
@@ -148,8 +151,8 @@ class TileReader(wiring.Component):
                 port.arburst.eq(BURST_INCR),
                 port.arvalid.eq(asking[n]),
                 port.rready.eq(1),
-                waiting[n].eq(due != 0),
             ]
+            m.d.comb += waiting[n].eq(due != 0)
             m.d.sync += due.eq(due + (port.arvalid & port.arready) - port.rvalid)
             with m.If(starts & self.mask[n]):
                 m.d.sync += [asking[n].eq(1), asked.eq(0)]

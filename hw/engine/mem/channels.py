@@ -12,6 +12,9 @@ from hw.engine.mem.striped import COUNTER_BITS, StripedReader
 from hw.lib.streams import connect
 
 ADDR_BITS = 32
+BURSTS_AHEAD = 12
+"""Bursts of a channel on their way at most: memory answers in order, so APPEND's words wait behind those that were
+asked for before. The latency and a refresh (some 100 cycles) are covered by half as many of the longest ones."""
 OFFSET_BITS = WORD_BYTES.bit_length() - 1
 
 ERROR_OF_FAULT = {
@@ -51,8 +54,9 @@ class ChannelReaders(wiring.Component):
         self._config = config
         self._channel_bytes = channel_bytes
         self._reader = StripedReader(
-            config.channels, addr_bits=ADDR_BITS, data_bits=WORD_BITS, fifo_beats=config.fifo_words
-        )
+            config.channels, addr_bits=ADDR_BITS, data_bits=WORD_BITS, fifo_beats=config.fifo_words,
+            max_bursts=BURSTS_AHEAD,
+        )  # fmt: skip
         super().__init__(
             {
                 "unit": In(unit_port(LoadOp)),

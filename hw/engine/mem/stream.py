@@ -1,4 +1,4 @@
-"""Measuring the striped reader on the HBM model: what fraction of cycles delivers a beat of every channel."""
+"""Measuring the striped reader on the HBM model, as LOAD has it: the share of cycles with a beat of every channel."""
 
 import json
 import subprocess
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from golden.spec import KVStrataError
 from golden.spec.memory import CHANNEL_ADDR_BITS, MemoryModel
+from hw.engine.mem.channels import BURSTS_AHEAD
 from hw.engine.mem.striped import StripedReader
 from hw.flow.verilator import build_harness
 from hw.flow.verilog import emit
@@ -32,8 +33,9 @@ def stream(
     Raises KVStrataError with the harness's sentence for a wrong beat, an AXI violation or a hang.
     """
     reader = partial(
-        StripedReader, channels, addr_bits=CHANNEL_ADDR_BITS, data_bits=512, fifo_beats=fifo_beats
-    )
+        StripedReader, channels, addr_bits=CHANNEL_ADDR_BITS, data_bits=512, fifo_beats=fifo_beats,
+        max_bursts=BURSTS_AHEAD,
+    )  # fmt: skip
     design = emit(reader, "striped_reader")
     program = build_harness(
         design, [HARNESS], include_dirs=[HARNESS.parent], defines={"KV_CHANNELS": channels}

@@ -52,7 +52,7 @@ def softmax_word(lanes: int) -> data.StructLayout:
     """Input: scores (Q16, log2 units), V records, live flags, and where the word stands in its tile and vector.
 
     `start`: first word of the vector; `first_tile`: any word of its first tile; `tile_last`: last word of a tile;
-    `last`: last word of the vector. `group` and `table` are write addresses.
+    `last`: last word of the vector; `final`: of the instruction. `group` and `table` are write addresses.
     """
     return data.StructLayout(
         {
@@ -70,6 +70,7 @@ class _Place(data.Struct):
     first_tile: unsigned(1)
     tile_last: unsigned(1)
     last: unsigned(1)
+    final: unsigned(1)
     group: unsigned(GROUP_ADDR)
     table: unsigned(TABLE_ADDR)
 
@@ -94,6 +95,7 @@ class _TileSum(data.Struct):
 class _Final(data.Struct):
     l: unsigned(L_BITS)
     table: unsigned(TABLE_ADDR)
+    final: unsigned(1)
 
 
 class SoftmaxState(data.Struct):
@@ -143,7 +145,8 @@ class SoftmaxUnit(wiring.Component):
 
     `i`: stream of `softmax_word`; whole tiles, of which dead words may hold anything. `act`: one write per tile;
     `table`: (g, rl, 23) per vector, (0, 0, 23) when no slot is live. `state`: maximum and sum per vector, before
-    its `table` write; the next vector's reciprocal waits for the transfer. `idle`: nothing is inside.
+    its `table` write; the next vector's reciprocal waits for the transfer. `idle`: nothing is inside. `ended`: the
+    `table` write is that of an instruction's last vector.
 
     Timing, from the transfer of a tile's last word to its `act` write: `tile_latency_of(lanes)`; from the transfer of a
     vector's last word to its `table` write: `vector_latency_of(lanes)`, when no earlier vector waits for the divider.
@@ -162,6 +165,7 @@ class SoftmaxUnit(wiring.Component):
                 "table": Out(table_write()),
                 "state": Out(stream.Signature(SoftmaxState)),
                 "idle": Out(1),
+                "ended": Out(1),
             }
         )
 
@@ -340,7 +344,10 @@ class SoftmaxUnit(wiring.Component):
         with m.If(take):
             m.d.sync += l.eq(old + (tile.p << formats.L_EXTRA_FRAC))
         m.d.sync += [finals.i.valid.eq(take & tile.place.last), finals.i.p.table.eq(tile.place.table)]
+        m.d.sync += finals.i.p.final.eq(tile.place.final)
         m.d.comb += finals.i.p.l.eq(l)
+        final = Signal()
+        m.d.comb += self.ended.eq(self.table.en & final)
 
         m.submodules.divider = divider = arith.Divider(31, 17, RECIP_BITS)
         total, length = Signal(L_BITS), Signal(range(L_BITS + 1))
@@ -356,6 +363,7 @@ class SoftmaxUnit(wiring.Component):
         with m.FSM(name="finish"):
             with m.State("WAIT"), m.If(finals.o.valid & ~self.state.valid):
                 m.d.sync += [total.eq(finals.o.p.l), self.table.addr.eq(finals.o.p.table)]
+                m.d.sync += final.eq(finals.o.p.final)
                 m.d.sync += [
                     self.state.valid.eq(1),
                     self.state.p.maximum.eq(self._maxima.o.payload),

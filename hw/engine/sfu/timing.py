@@ -17,6 +17,9 @@ from hw.engine.sfu.unit import SCANNING, SETTLE_GROUPS, SETTLE_WORDS
 from hw.engine.sfu.walker import Walker
 from hw.lib.streams import PipeStage
 
+FIRST_WORD = Walker.latency + PipeStage.latency + Fetch.latency
+"""From the transfer of an instruction to its first word in the lanes or the softmax unit."""
+
 
 @dataclass(frozen=True)
 class Times:
@@ -51,7 +54,7 @@ def instruction_cycles(op: Op, lanes: int, count: int, vectors: int = 1, *, fres
 
     `lanes` elements per VB word, `count` elements per vector, `vectors` vectors.
     """
-    first = Walker.latency + PipeStage.latency + Fetch.latency
+    first = FIRST_WORD
     if op is Op.SOFTMAX:
         words = -(-count // ATTN_TILE) * (ATTN_TILE // lanes)
         written = first + words - 1 + SoftmaxUnit.vector_latency_of(lanes)

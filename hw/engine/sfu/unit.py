@@ -18,10 +18,11 @@ everything but one latency per pass.
 | SOFTMAX     | words to the softmax unit -> A8 groups, scale table   |
 
 `fresh` replaces the scan: every write to VB collects the extremes of its vector, and they are replayed. In ROPE, GATE
-and ADD it continues the vectors that the instruction before wrote: their extremes join.
+and ADD it continues the vectors that the instruction before wrote: their extremes join. What a product `collected`
+goes through the same reducer, as vector 0; while one does, no instruction but SOFTMAX may run that reduces.
 """
 
-from amaranth import Cat, EnableInserter, Module, Mux, Signal, signed, unsigned
+from amaranth import Cat, EnableInserter, Module, Mux, Signal, Value, signed, unsigned
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -31,6 +32,7 @@ from hw.engine.interfaces import (
     VB_ADDR,
     VectorOp,
     act_write,
+    collected,
     kv_record,
     table_write,
     unit_port,
@@ -41,7 +43,7 @@ from hw.engine.sfu.fetch import Fetch, Reducer
 from hw.engine.sfu.lanes import N1_BIAS, VEC, LaneArray, LaneOp
 from hw.engine.sfu.retire import GroupWriter
 from hw.engine.sfu.scalars import SUM_BITS, LaneScalars, ScalarKind, ScalarUnit
-from hw.engine.sfu.softmax import SoftmaxUnit
+from hw.engine.sfu.softmax import VECTORS_IN_FLIGHT, SoftmaxUnit
 from hw.engine.sfu.walker import Beat, Pass, Walker, is_op
 from hw.lib.memories import TypedMemory
 from hw.lib.streams import PipeStage, connect
@@ -65,6 +67,10 @@ SETTLE_WORDS = 1
 """Cycles from the last result word to `done`: a VB write is visible in the next cycle."""
 SETTLE_GROUPS = 4
 """The same for A8 groups, which take two cycles to write and are visible two later, and for scale table entries."""
+
+
+SCORES_IN = 2
+"""From the last score of a SOFTMAX to the transfer of the next one."""
 
 
 class Extremes(data.Struct):
@@ -92,6 +98,7 @@ class VectorUnit(wiring.Component):
                 "act": Out(act_write()),
                 "table": Out(table_write()),
                 "kv": Out(stream.Signature(kv_record(config))),
+                "collected": In(collected(config)),
             }
         )
 
@@ -122,24 +129,41 @@ class VectorUnit(wiring.Component):
         return m
 
     def _control(self, m: Module, walker, softmax, array) -> None:
-        """Instructions in, `done` out: one instruction is inside at a time."""
+        """Instructions in, `done` out: one instruction is inside at a time; but a SOFTMAX that exports nothing follows
+        another one when all scores of that are in the softmax unit."""
         op, port = walker.op, self.unit
         settle = Signal(range(SETTLE_GROUPS))
-        grouped = is_op(op.op, Op.QUANT, Op.SOFTMAX)
-        all_scores = Signal()
+        all_scores, overlaps, taken = Signal(), Signal(), Signal()
+        softmaxes = Signal(range(VECTORS_IN_FLIGHT + 2))
+        wanted = port.op.payload
+        score = wanted.op == int(Op.SOFTMAX)
+        may = (softmaxes == 0) | (overlaps & score & ~wanted.export)
+        written = softmax.ended
+        for cycle in range(1 + SETTLE_GROUPS):
+            later = Signal(name=f"written_{cycle}")
+            m.d.sync += later.eq(written)
+            written = later
         ended = array.o.valid & array.o.ready & array.o.p.tag.final
-        m.d.comb += [walker.i.payload.eq(port.op.payload), port.error.eq(walker.error)]
+        m.d.comb += [
+            walker.i.payload.eq(wanted),
+            port.error.eq(walker.error),
+            taken.eq(port.op.valid & port.op.ready),
+            port.done.eq(written),
+        ]
+        m.d.sync += softmaxes.eq(softmaxes + (taken & score) - written)
         with m.If(softmax.i.valid & softmax.i.ready):
             m.d.sync += all_scores.eq(self._last_scores)
         with m.FSM(name="unit"):
             with m.State("IDLE"):
-                m.d.comb += [walker.i.valid.eq(port.op.valid), port.op.ready.eq(walker.i.ready)]
-                with m.If(port.op.valid & port.op.ready):
-                    m.d.sync += all_scores.eq(0)
+                m.d.comb += [walker.i.valid.eq(port.op.valid & may), port.op.ready.eq(walker.i.ready & may)]
+                with m.If(taken):
+                    m.d.sync += [all_scores.eq(0), overlaps.eq(score & ~wanted.export)]
                     m.next = "BUSY"
             with m.State("BUSY"):
-                m.d.sync += settle.eq(Mux(grouped, SETTLE_GROUPS, SETTLE_WORDS) - 1)
-                with m.If(Mux(op.op == int(Op.SOFTMAX), all_scores & softmax.idle, ended)):
+                m.d.sync += settle.eq(Mux(op.op == int(Op.QUANT), SETTLE_GROUPS, SETTLE_WORDS) - 1)
+                with m.If(all_scores):
+                    m.next = "IDLE"
+                with m.Elif(ended):
                     m.next = "SETTLE"
             with m.State("SETTLE"):
                 m.d.sync += settle.eq(settle - 1)
@@ -188,7 +212,7 @@ class VectorUnit(wiring.Component):
             norm, ScalarKind.SQUARE_SHIFT, Mux(op.op == int(Op.KVQUANT), ScalarKind.KV, ScalarKind.A8)
         )
         m.d.comb += [
-            request.valid.eq(available != fed),
+            request.valid.eq((available != fed) & (self._settling(m) == 0)),
             request.p.kind.eq(Mux(second, ScalarKind.NORM, first)),
             request.p.v.eq(index),
             # Extremes that a `fresh` instruction finds are those before max(a, 0).
@@ -224,6 +248,16 @@ class VectorUnit(wiring.Component):
         self._lane_factors, self._records = factors.r[0].data, factors.r[2].data
         return known
 
+    def _settling(self, m: Module):
+        """Cycles until the extremes of what was collected last are in their memory."""
+        latency = Reducer.latency_of(self._config.vector_lanes)
+        left = Signal(range(latency + 1), name="settling")
+        with m.If(self.collected.en):
+            m.d.sync += left.eq(latency)
+        with m.Elif(left != 0):
+            m.d.sync += left.eq(left - 1)
+        return left
+
     def _join(self, m: Module, op, words, known, lanes, softmax) -> None:
         """Operands meet the scalars of their vector and go to the lanes, or to the softmax unit."""
         tag, factors = words.p.tag, self._lane_factors
@@ -258,6 +292,7 @@ class VectorUnit(wiring.Component):
             place.first_tile.eq(tag.first_tile),
             place.tile_last.eq(tag.slot == formats.ATTN_TILE // self._config.vector_lanes - 1),
             place.last.eq(tag.last),
+            place.final.eq(tag.final),
             place.group.eq(tag.dst),
             place.table.eq(op.table + tag.vector),
         ]
@@ -281,10 +316,10 @@ class VectorUnit(wiring.Component):
         to_words = main & ~to_kv & ~to_groups
         reduces = ~main | to_words
         sunk = Mux(to_words, self.y.rdy, Mux(to_kv, self.kv.ready, 1))
-        reduced = ~reduces | reducer.ready
+        reduced = ~reduces | (reducer.ready & ~self.collected.en)
         m.d.comb += [
             results.ready.eq(sunk & reduced),
-            reducer.valid.eq(results.valid & reduces & sunk),
+            reducer.valid.eq(results.valid & reduces & sunk & ~self.collected.en),
             reducer.p.y.eq(results.p.y),
             reducer.p.last.eq(tag.last),
             reducer.p.tag.eq(tag),
@@ -303,6 +338,15 @@ class VectorUnit(wiring.Component):
         ]
         for k in range(self._config.vector_lanes):
             m.d.comb += [self.kv.p.codes[k].eq(results.p.y[k]), groups.codes[k].eq(results.p.y[k])]
+        with m.If(self.collected.en):
+            m.d.comb += [
+                reducer.valid.eq(1),
+                Value.cast(reducer.p.y).eq(self.collected.data),
+                reducer.p.last.eq(self.collected.last),
+                Value.cast(reducer.p.tag).eq(0),
+                reducer.p.tag.stage.eq(Pass.MAIN),
+                reducer.p.tag.joins.eq(self.collected.joins),
+            ]
 
     def _export(self, m: Module, walker, state) -> None:
         """Softmax states to the vector buffer, whose port no other result of a SOFTMAX takes; or to nowhere."""
@@ -329,6 +373,7 @@ class VectorUnit(wiring.Component):
         with m.Else():
             wiring.connect(m, wiring.flipped(self.act), groups.act)
             m.d.comb += [
+                self.act.counted.eq(op.counted),
                 self.table.en.eq(scalars.o.valid & (result.kind == ScalarKind.A8)),
                 self.table.addr.eq(op.table + result.v),
                 self.table.entry.eq(result.output),

@@ -121,7 +121,8 @@ class Walker(wiring.Component):
         kv = (op.op == int(Op.KVQUANT)) & (op.count[:5].any() | ((op.bits != 4) & (op.bits != 8)))
         softmax = (op.op == int(Op.SOFTMAX)) & (op.vec_group == 0)
         rope = (op.op == int(Op.ROPE)) & op.count[0]
-        shape = (op.count == 0) | (op.vectors == 0) | kv | softmax | rope
+        counted = op.counted & (op.vectors != 1)
+        shape = (op.count == 0) | (op.vectors == 0) | kv | softmax | rope | counted
         entries = is_op(op.op, Op.QUANT, Op.SOFTMAX) & (op.table + op.vectors > self._config.table_entries)
         states = (op.op == int(Op.SOFTMAX)) & op.export & (op.state + op.vectors > self._config.vb_words)
         return Mux(

@@ -79,8 +79,8 @@ class Dispatch(wiring.Component):
         decoded = {u: Signal(queued(op), name=f"decoded_{u.name.lower()}") for u, op in UNIT_OPS.items()}
         unit, code, full, pc = Signal(3), Signal(4), Signal(), Signal(PC_BITS)
         moves = Signal()
-        m.d.comb += [self.i.ready.eq((~full | moves) & ~self.halt), self.empty.eq(~full)]
-        self._halt(m)
+        stops, illegal_halt = self._halt(m)
+        m.d.comb += [self.i.ready.eq((~full | moves) & ~stops), self.empty.eq(~full)]
         with m.If(moves):
             m.d.sync += full.eq(0)
         with m.If(self.i.valid & self.i.ready):
@@ -97,15 +97,22 @@ class Dispatch(wiring.Component):
             m.d.comb += [self.error.eq(fault), self.error_pc.eq(fault_pc)]
         with m.Elif(full & (code != 0)):
             m.d.comb += [self.error.eq(code), self.error_pc.eq(pc)]
+        with m.Elif(illegal_halt):
+            m.d.comb += [self.error.eq(Error.ILLEGAL_INSTRUCTION), self.error_pc.eq(self.i.p.pc)]
         return m
 
     def _halt(self, m):
-        word = self.i.p.word
-        legal = ~field_slices(Op.HALT, word)["rest"].any()
+        """Whether a HALT is at the head, and a cycle later whether it is an illegal one: neither leaves, so that only
+        the opcode is on the way back to the fetcher, not all bits that must be zero."""
+        word, illegal = self.i.p.word, Signal(name="illegal_halt")
+        stops = self.i.valid & (word[:8] == Op.HALT)
+        beyond = field_slices(Op.HALT, word)["rest"].any()
         m.d.comb += [
-            self.halt.eq(self.i.valid & (word[:8] == Op.HALT) & legal),
+            self.halt.eq(stops & ~beyond),
             self.interrupt.eq(field_slices(Op.HALT, word)["interrupt"]),
         ]
+        m.d.sync += illegal.eq(stops & beyond)
+        return stops, illegal
 
     def _decode(self, m, decoded, unit, code):
         word = self.i.p.word

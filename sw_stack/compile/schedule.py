@@ -190,7 +190,9 @@ class _Scheduler:
 
     def _end(self, slots: list[Slot], program: Program) -> int:
         """HALT acts in the cycle in which it is fetched and every queue is seen empty; that cycle counts."""
-        halted = self.fetch.queued(program.base, len(slots), []) - 1
+        from hw.engine.queue import UnitQueue
+
+        halted = self.fetch.queued(program.base, len(slots), []) - UnitQueue.latency
         return max([halted, *(self._done(u, len(e) - 1) + 1 for u, e in self.ends.items() if e)]) + 1
 
     def _most_tokens(self) -> int:

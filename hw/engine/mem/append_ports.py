@@ -152,8 +152,9 @@ class TileReader(wiring.Component):
                 port.arvalid.eq(asking[n]),
                 port.rready.eq(1),
             ]
-            m.d.comb += waiting[n].eq(due != 0)
-            m.d.sync += due.eq(due + (port.arvalid & port.arready) - port.rvalid)
+            # Whether all channels wait for nothing is asked in every cycle: from a register of its own each.
+            left = (due + (port.arvalid & port.arready) - port.rvalid)[: len(due)]
+            m.d.sync += [due.eq(left), waiting[n].eq(left.any())]
             with m.If(starts & self.mask[n]):
                 m.d.sync += [asking[n].eq(1), asked.eq(0)]
             with m.Elif(asking[n] & port.arready):

@@ -197,11 +197,6 @@ def products(bench: Bench, _) -> None:
         bench.run(cell("linear", (24, 128), batch, 0, f"{name} group 64"))
 
 
-def residuals(bench: Bench, _) -> None:
-    for batch in (1, 3):
-        bench.run(cell("linear onto residual", (24, 64), batch, 0, "w4 group 32"))
-
-
 def caches(bench: Bench, _) -> None:
     """Keys and values of both widths, read and appended."""
     for bits, many in product((4, 8), (1, 3)):
@@ -391,7 +386,7 @@ def aborts(bench: Bench, _) -> None:
 
 
 SCENARIOS: tuple[Callable, ...] = (
-    products, residuals, caches, vectors, joined, masks, registers, tokens, decoders, stalls, memories, errors, aborts,
+    products, caches, vectors, joined, masks, registers, tokens, decoders, stalls, memories, errors, aborts,
 )  # fmt: skip
 
 

@@ -42,35 +42,28 @@ class BatchSession(Session):
         return found
 
     def _check_sequence(self, index: int, ids: list[int]) -> None:
-        self.length = self.lengths[index]
         if not ids:
             return
         try:
-            self._check(ids)
+            self._check(ids, self.lengths[index])
         except KVStrataError as error:
             raise KVStrataError(f"sequence {index} of the batch: {error}") from error
 
     def _step(self, tokens: list[int | None]) -> None:
-        live = [s for s, token in enumerate(tokens) if token is not None]
+        """Attention programs take the registers of their sequence; the others have no position."""
+        live = {s: token for s, token in enumerate(tokens) if token is not None}
         region = self.programs.map.regions["input"]
-        for s in live:
-            self.length = self.lengths[s]
-            self._write_row(region.at(s), self.embed([tokens[s]])[0])  # type: ignore[list-item]
+        for s, token in live.items():
+            self._write_row(region.at(s), self._embed([token], self.lengths[s])[0])
         for layer in range(self.programs.map.model.layers):
-            self._run_shared(f"batch{layer}")
+            self._run(f"batch{layer}", 0, 1)
             for s in live:
-                self.length = self.lengths[s]
-                self._run(f"attend{layer}.{s}", 1)
-        self._run_shared(f"batch{self.programs.map.model.layers}")
+                self._run(f"attend{layer}.{s}", self.lengths[s], 1)
+        self._run(f"batch{self.programs.map.model.layers}", 0, 1)
         for s in live:
             self.lengths[s] += 1
 
-    def _run_shared(self, name: str) -> None:
-        """A program without a position of its own."""
-        self.length = 1 if name == "head" else 0
-        self._run(name, 1)
-
     def _logits(self) -> torch.Tensor:
-        self._run_shared("head")
+        self._run("head", 0, 1)
         model = self.programs.map.model
         return self._rows("logits", self.programs.map.sequences, model.vocab)

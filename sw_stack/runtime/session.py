@@ -42,23 +42,24 @@ class Session:
     def forward(self, tokens: Sequence[int]) -> torch.Tensor:
         """Append tokens; logits Q16 int64 [V] of the last one."""
         ids = list(tokens)
-        self._check(ids)
+        self._check(ids, self.length)
         while ids:
             count = self._pass_size(len(ids))
             self._run_pass(ids[:count])
             ids = ids[count:]
         return self._head(count)
 
-    def _check(self, ids: list[int]) -> None:
+    def _check(self, ids: list[int], start: int) -> None:
+        """KVStrataError for tokens that a sequence of `start` tokens cannot take."""
         memory_map = self.programs.map
         if not ids:
             raise KVStrataError("a step needs at least one token; got none")
         for token in ids:
             if not 0 <= token < memory_map.model.vocab:
                 raise KVStrataError(f"a token id must be 0 to {memory_map.model.vocab - 1}; got {token}")
-        if self.length + len(ids) > memory_map.context:
+        if start + len(ids) > memory_map.context:
             raise KVStrataError(
-                f"the memory map holds a context of {memory_map.context} tokens; got {self.length + len(ids)}"
+                f"the memory map holds a context of {memory_map.context} tokens; got {start + len(ids)}"
             )
 
     def _pass_size(self, left: int) -> int:
@@ -66,7 +67,7 @@ class Session:
         return chunk if chunk > 1 and left >= chunk and self.length % chunk == 0 else 1
 
     def _run_pass(self, ids: list[int]) -> None:
-        self._write_rows("input", self.embed(ids))
+        self._write_rows("input", self._embed(ids, self.length))
         self._layers(len(ids))
         self.length += len(ids)
 
@@ -75,7 +76,7 @@ class Session:
         ring = self.programs.map.ring
         if "sinks" in self.programs.programs and ring is not None and self.length < ring.sinks:
             name = "sinks"
-        self._run(name, tokens)
+        self._run(name, self.length, tokens)
 
     def _write_rows(self, region: str, rows: torch.Tensor) -> None:
         place = self.programs.map.regions[region]
@@ -85,18 +86,18 @@ class Session:
     def _write_row(self, address: int, row: torch.Tensor) -> None:
         self.device.write_aux(address, row.numpy().astype("<i4").view(np.uint8))
 
-    def _run(self, name: str, tokens: int) -> None:
-        start = self.length if name != "head" else self.length - tokens
+    def _run(self, name: str, start: int, tokens: int) -> None:
+        """A program with the registers of `tokens` tokens from slot `start` on."""
         registers = {int(r): v for r, v in step_registers(self.programs.map, start, tokens).items()}
         self.runs.append((name, self.device.run(self.programs.programs[name].word, registers)))
 
-    def embed(self, ids: list[int]) -> torch.Tensor:
-        """Q16 rows [T, hidden] of the next tokens' embedding (docs/formats.md section 10)."""
-        at = torch.arange(self.length, self.length + len(ids))
+    def _embed(self, ids: list[int], start: int) -> torch.Tensor:
+        """Q16 rows [T, hidden] of tokens from slot `start` on (docs/formats.md section 10)."""
+        at = torch.arange(start, start + len(ids))
         return embedding_rows(self.embedding, torch.tensor(ids), self.positions, at)
 
     def _head(self, tokens: int) -> torch.Tensor:
-        self._run("head", tokens)
+        self._run("head", self.length - tokens, tokens)
         logits = self.programs.map.regions["logits"]
         raw = self.device.read_aux(logits.base, 4 * self.programs.map.model.vocab)
         return torch.from_numpy(raw.view("<i4").astype(np.int64))
@@ -129,9 +130,9 @@ class SplitSession(Session):
     def _layers(self, tokens: int) -> None:
         model = self.programs.map.model
         for layer in range(model.layers):
-            self._run(f"{self.cut}{layer}", tokens)
+            self._run(f"{self.cut}{layer}", self.length, tokens)
             self._write_rows("mixed", self._attention(layer, *self._queries(tokens)))
-        self._run(f"{self.cut}{model.layers}", tokens)
+        self._run(f"{self.cut}{model.layers}", self.length, tokens)
 
     def _queries(self, tokens: int) -> tuple[torch.Tensor, ...]:
         """q, k and v [tokens, heads, dh] that the layer's first half left."""

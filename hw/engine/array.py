@@ -13,8 +13,8 @@ A pair of rows owns 32 multipliers of 27 x 18 bits, and each does two multiply-a
 The weight operands stay while activation vectors pass: matrix-vector is the case of one vector.
 
 A chain is eight DSP48E2 on one cascade: operand and product registers inside, four post-adders between registers of
-the sum. `primitives` builds it so; without it the same registers are written as arithmetic, for simulation and formal
-work, and `tests/rtl/test_engine_dsp.py` holds the two against each other.
+the sum. `primitives` builds it so. Without it the same dot products, of the same cycles, are written as sums of
+products, for simulation; `tests/rtl/test_engine_dsp.py` holds the two against each other.
 """
 
 from dataclasses import dataclass
@@ -32,6 +32,8 @@ HOPS = 4
 FIELD = 18
 PAIR_FIELD = 15
 SUM_BITS = 2 * FIELD + 2
+HALF = 32
+"""Bits of each of two sums in a simulator's word."""
 DOT_BITS = 21
 """32 * 255 * 127 < 2**20."""
 QUADS = STEP // 2
@@ -75,25 +77,6 @@ class Operands:
     weights: tuple[Value, Value]
     codes: tuple[Value, Value]
     shared: Value
-
-    def sparse_x(self) -> Value:
-        """a1 + 128 + (a2 + 128) * 2**15."""
-        one = Mux(self.first == 0, self.acts[0], Mux(self.first == 1, self.acts[1], self.acts[2]))
-        two = Mux(self.second == 1, self.acts[1], Mux(self.second == 2, self.acts[2], self.acts[3]))
-        return Cat(one ^ 0x80, Const(0, 7), two ^ 0x80, Const(0, 4)).as_signed()
-
-    def sparse_y(self) -> Value:
-        """w2 + w1 * 2**15; weights are odd, so the borrow of a negative w2 just clears the lowest bit of w1."""
-        (c1, c2) = self.codes
-        return Cat(Const(1, 1), c2[0], (~c2[1]).replicate(13), c2[1], c1[0], ~c1[1]).as_signed()
-
-    def dense_x(self) -> Value:
-        """w1 + w2 * 2**18."""
-        return Cat(self.weights[0], Const(0, 10), self.weights[1], Const(0, 1)).as_signed()
-
-    def dense_y(self) -> Value:
-        """The activation of both rows."""
-        return self.shared[:8].as_signed()
 
     def selected(self, m) -> Value:
         """The first operand by the selects alone, which read the weights where a step is dense: one LUT per bit."""
@@ -162,13 +145,16 @@ class LanePair(wiring.Component):
             m.d.sync += later.eq(enables[-1])
             enables.append(later)
         operands = [self._operands(j, weights, first[j], second[j], sparse) for j in range(positions)]
-        chain = _cascade if self._primitives else _chain
+        corrections = self._correction(m, weights, sparse)
+        if not self._primitives:
+            self._arithmetic(m, operands, sparse, corrections, enables)
+            return m
         sums, parities = [], []
         for c in range(positions // CHAIN):
             links = operands[CHAIN * c : CHAIN * (c + 1)]
-            sums.append(chain(m, c, links, enables))
+            sums.append(_cascade(m, c, links, enables))
             parities.append(_parity(m, c, links))
-        self._dots(m, sums, parities, self._correction(m, weights, sparse), enables[-1])
+        self._dots(m, sums, parities, corrections, enables[-1])
         return m
 
     def _weights(self, m):
@@ -226,6 +212,27 @@ class LanePair(wiring.Component):
             rows, mode = delayed, later
         return [Mux(mode, shift_left(row, 8), self.correction) for row in rows], mode
 
+    def _arithmetic(self, m, operands, sparse, corrections, enables):
+        """The same dot products from ordinary sums, as a simulator computes them fastest; registers follow."""
+        (terms, mode), half = corrections, self._positions // 2
+        totals = [Signal(2 * HALF, name=f"total_{r}", reset_less=True) for r in range(2)]
+        with m.If(enables[0] & sparse):
+            m.d.sync += [t.eq(_sparse_sum(m, operands[half * r :][:half])) for r, t in enumerate(totals)]
+        with m.Elif(enables[0]):
+            m.d.sync += totals[0].eq(_dense_sum(m, operands))
+        for stage in range(1, self.latency - 1):
+            later = [Signal(2 * HALF, name=f"total_{r}_{stage}", reset_less=True) for r in range(2)]
+            with m.If(enables[stage]):
+                m.d.sync += [new.eq(old) for new, old in zip(later, totals)]
+            totals = later
+        upper = [(t[HALF:][:DOT_BITS] + t[HALF - 1])[:DOT_BITS] for t in totals]
+        sums = [Mux(mode, upper[0], totals[0][:DOT_BITS]), Mux(mode, upper[1], upper[0])]
+        for r in range(2):
+            dot = Signal(signed(DOT_BITS), name=f"dot_{r}", reset_less=True)
+            with m.If(enables[-1]):
+                m.d.sync += dot.eq(sums[r] + terms[r])
+            m.d.comb += self.dots[r].eq(dot)
+
     def _dots(self, m, sums, parities, corrections, enable):
         """Adds the fields of all chains: a row's own chains in a 2:4 step, its field of every chain in a dense one.
 
@@ -258,36 +265,46 @@ class LanePair(wiring.Component):
             m.d.comb += self.dots[r].eq(dot)
 
 
+def _dense_sum(m, operands) -> Value:
+    """Both rows' dot products, `HALF` bits apart: a product of one activation and both rows' weights after the other.
+
+    Four positions of both rows lie in one word, so that a shift and a mask take a pair of weights out.
+    """
+    total = Const(0, 2 * HALF)
+    for at in range(0, len(operands), 16):
+        for s in range(4):
+            four, both = operands[at + s : at + 16 : 4], Signal(2 * HALF, name=f"both_{at}_{s}")
+            m.d.comb += both.eq(Cat(o.weights[r] for r in range(2) for o in four))
+            for i, o in enumerate(four):
+                act = Signal(2 * HALF, name=f"act_{at}_{s}_{i}")
+                m.d.comb += act.eq(Cat(o.shared[:8], o.shared[7].replicate(2 * HALF - 8)))
+                pair = (both >> 8 * i) & Const(0xFF << HALF | 0xFF, 2 * HALF)
+                total = (total + (pair * act)[: 2 * HALF])[: 2 * HALF]
+    return total
+
+
+def _sparse_sum(m, operands) -> Value:
+    """One row's `sum((a + 128) * (2 c - 3))` in the upper half, off by the carry of the lower one.
+
+    A product is (a1 + 128 + (a2 + 128) * 2**HALF) * (w2 + w1 * 2**HALF); weights are odd, so the borrow of a negative
+    w2 just clears the lowest bit of w1.
+    """
+    total = Const(0, 2 * HALF)
+    for o in operands:
+        biased = [act ^ 0x80 for act in o.acts]
+        one = Mux(o.first[1], biased[2], Mux(o.first[0], biased[1], biased[0]))
+        two = Mux(o.second[1], Mux(o.second[0], biased[3], biased[2]), biased[1])
+        c1, c2 = o.codes
+        lower = Cat(Const(1, 1), c2[0], (~c2[1]).replicate(HALF - 2))
+        upper = Cat(c2[1], c1[0], (~c1[1]).replicate(HALF - 2))
+        x = Cat(one, Const(0, HALF - 8), two, Const(0, HALF - 8))
+        total = (total + (x * Cat(lower, upper))[: 2 * HALF])[: 2 * HALF]
+    return total
+
+
 def _add(a: Value, b: Value, carry: Value) -> Value:
     """`a + b + carry` of signed values in one adder, whose lowest bit makes the carry."""
     return (Cat(Const(1, 1), a).as_signed() + Cat(carry, b).as_signed())[1 : 1 + DOT_BITS].as_signed()
-
-
-def _chain(m, index, operands, enables):
-    """Sum of the products of eight operand pairs, four cycles later."""
-    groups = []
-    for g in range(CHAIN // HOPS):
-        products = []
-        for j in range(HOPS * g, HOPS * (g + 1)):
-            x = Signal(signed(27), name=f"x_{index}_{j}", reset_less=True)
-            y = Signal(signed(FIELD), name=f"y_{index}_{j}", reset_less=True)
-            product = Signal(SUM_BITS, name=f"product_{index}_{j}", reset_less=True)
-            o = operands[j]
-            with m.If(enables[0] & o.sparse):
-                m.d.sync += [x.eq(o.sparse_x()), y.eq(o.sparse_y())]
-            with m.Elif(enables[0]):
-                m.d.sync += [x.eq(o.dense_x()), y.eq(o.dense_y())]
-            with m.If(enables[1]):
-                m.d.sync += product.eq(x * y)
-            products.append(product)
-        part = Signal(SUM_BITS, name=f"part_{index}_{g}", reset_less=True)
-        with m.If(enables[2]):
-            m.d.sync += part.eq(sum(products))
-        groups.append(part)
-    total = Signal(SUM_BITS, name=f"sum_{index}", reset_less=True)
-    with m.If(enables[3]):
-        m.d.sync += total.eq(sum(groups))
-    return total
 
 
 _MULTIPLY_ADD = {"USE_MULT": "MULTIPLY", "AMULTSEL": "A", "BMULTSEL": "AD", "PREADDINSEL": "B", "MREG": 1, "BREG": 1,

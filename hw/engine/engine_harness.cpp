@@ -61,10 +61,10 @@ public:
     void reset() {
         top_->rst = 1;
         top_->host___05Fwrite = 0;
-        for (int i = 0; i < 4; i++) tick();
-        top_->rst = 0;
         for (auto& b : bus_) b->read.reset(), b->write.reset();
         aux_->read.reset(), aux_->write.reset();
+        for (int i = 0; i < 4; i++) tick();
+        top_->rst = 0;
     }
     Memory& memory(uint32_t n) { return n == KV_CHANNELS ? aux_->memory : bus_.at(n)->memory; }
     void set(uint32_t address, uint32_t value) {
@@ -125,12 +125,10 @@ public:
     }
 
 private:
+    // A cycle, from its values to the edge that ends it. The memories' answers pass a register in front of the design
+    // (build_harness, `registered`): they are set before the edge that begins their cycle.
     void tick() {
         Vengine& t = *top_;
-#define DRIVE(n) KV_DRIVE_READ(t, axi___05F##n, bus_[n]->read); KV_DRIVE_WRITE(t, axi_write___05F##n, bus_[n]->write);
-        KV_EACH_CHANNEL(DRIVE)
-        KV_DRIVE_READ(t, aux, aux_->read);
-        KV_DRIVE_WRITE(t, aux_write, aux_->write);
         t.clk = 0;
         t.eval();
         if (profiling && (t.started | t.finished))
@@ -146,6 +144,10 @@ private:
             KV_CLOCK_READ(t, aux, aux_->read, cycle_);
             KV_CLOCK_WRITE(t, aux_write, aux_->write, cycle_);
         }
+#define DRIVE(n) KV_DRIVE_READ(t, axi___05F##n, bus_[n]->read); KV_DRIVE_WRITE(t, axi_write___05F##n, bus_[n]->write);
+        KV_EACH_CHANNEL(DRIVE)
+        KV_DRIVE_READ(t, aux, aux_->read);
+        KV_DRIVE_WRITE(t, aux_write, aux_->write);
         t.clk = 1;
         t.eval();
         dump(1);

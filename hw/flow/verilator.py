@@ -12,12 +12,13 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
 from golden.spec import KVStrataError
 from hw.flow.cache import cached_directory, content_key
+from hw.flow.simulation_text import for_simulation, register_inputs
 from hw.flow.verilog import Design
 
 MINIMUM_VERSION = (5, 36)
@@ -92,28 +93,33 @@ def build_harness(
     include_dirs: Sequence[Path] = (),
     defines: Mapping[str, object] | None = None,
     trace: bool = False,
+    registered: Collection[str] = (),
 ) -> Path:
     """Verilate `design` with a C++ `main` in `sources` and return the program's path.
 
-    The program is cached by the hash of the Verilog, the sources, every header in the sources' and
-    `include_dirs` directories, the defines and the flags. `sources` include `V<top>.h`.
+    The Verilog goes through `hw.flow.simulation_text`; the inputs `registered` are set one cycle ahead, as
+    `register_inputs` says. The program is cached by the hash of the Verilog, the sources, every header in the
+    sources' and `include_dirs` directories, the defines and the flags. `sources` include `V<top>.h`.
 
     Raises `KVStrataError` with the first error lines if Verilator or the compiler refuses.
     """
     env = environment()
+    text = for_simulation(design.text)
+    if registered:
+        text = register_inputs(design, text, registered)
     headers = sorted(
         {h for s in sources for h in s.parent.glob("*.h")} | {h for d in include_dirs for h in d.glob("*.h")}
     )
     flags = ["-O3", "--x-assign", "fast", "--x-initial", "fast", "--noassert", "-Wall", "-Wno-fatal"]
     flags += ["--trace"] if trace else []
-    flags += SPLIT if len(design.text) > SPLIT_ABOVE else []
+    flags += SPLIT if len(text) > SPLIT_ABOVE else []
     cflags = [
         "-std=c++20",
         *(f"-I{d}" for d in include_dirs),
         *(f"-D{k}={v}" for k, v in (defines or {}).items()),
     ]
     key = content_key(
-        design.text,
+        text,
         *(path.read_bytes() for path in (*sources, *headers)),
         " ".join(flags),
         repr(sorted((defines or {}).items())),
@@ -121,7 +127,7 @@ def build_harness(
     )
 
     def build(work: Path) -> None:
-        (work / f"{design.top}.v").write_text(design.text)
+        (work / f"{design.top}.v").write_text(text)
         (work / "waivers.vlt").write_text(waiver_text())
         command = ["verilator", "--cc", "--exe", "--build", "-j", "2", *flags, "--top-module", design.top]
         command += ["--Mdir", "obj", "-CFLAGS", " ".join(cflags), "-LDFLAGS", "-lpthread", "-o", "sim"]

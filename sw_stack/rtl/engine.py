@@ -66,12 +66,16 @@ def engine_program(config: EngineConfig, waves: bool = False) -> Path:
     from hw.flow.verilog import emit
 
     here = Path(hw.engine.__file__).parent
+    design = emit(partial(Engine, config), "engine")
     return build_harness(
-        emit(partial(Engine, config), "engine"),
+        design,
         [here / "engine_harness.cpp"],
         include_dirs=[here / "mem"],
         defines={"KV_CHANNELS": config.channels, "COUNTERS": len(Counter), **({"WAVES": 1} if waves else {})},
         trace=waves,
+        registered={
+            n for n, (way, _, _) in design.ports.items() if way == "i" and n.startswith(("axi", "aux"))
+        },
     )
 
 

@@ -6,7 +6,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from amaranth import Const
 
+from hw.engine import array
 from hw.engine.array import DOT_BITS, LanePair
 from hw.flow.verilator import build_harness
 from hw.flow.verilog import Design, emit
@@ -23,7 +25,7 @@ STIMULUS = {"shared": 8 * POSITIONS, "acts": 16 * POSITIONS, "planes": 16 * POSI
 def twins(change=lambda text: text):
     """Both builds side by side with the same inputs; `change` edits the one of primitives."""
     plain = emit(partial(LanePair, POSITIONS), "plain_pair").text
-    device = change(emit(partial(LanePair, POSITIONS, primitives=True), "device_pair").text)
+    device = change(emit(LanePair(POSITIONS, primitives=True), "device_pair").text)
     ports = [".clk(clk)", ".rst(1'b0)", ".load(load)", ".valid(valid)", ".sparse(sparse)"]
     total = 0
     for name, width in STIMULUS.items():
@@ -69,3 +71,8 @@ def test_cascades_compute_what_the_arithmetic_does():
 def test_a_cascade_with_a_missing_register_is_noticed():
     result = compare(*twins(lambda text: re.sub(r"\.AREG\(32'd2\)", ".AREG(32'd1)", text, count=1)))
     assert "results differ" in result.stderr
+
+
+def test_an_unresolved_overlap_of_packed_fields_is_noticed(monkeypatch):
+    monkeypatch.setattr(array, "_parity", lambda m, index, operands: Const(0, 1))
+    assert "results differ" in compare(*twins()).stderr

@@ -29,7 +29,7 @@ _PROCESS = re.compile(
     re.M,
 )
 _REGISTER = re.compile(rf"^  always @\(posedge clk\)\n    (\\?\S+) ?<= ({_TEMPORARY}) ;\n", re.M)
-_OPERAND = r"(?:\$signed\()?(\\?[^\s()+*-]+) ?(?:\[\d+(?::\d+)?\])?\)?"
+_OPERAND = r"(?:\$signed\()?(?:\\?[^\s(){}+*&|-]+ ?(?:\[\d+(?::\d+)?\])?|\{ [^{}]* \})\)?"
 _MODULAR = re.compile(rf"{_OPERAND} +([+*&|-]) +{_OPERAND} ?|\({_OPERAND} +& +\S+\) << \d+")
 _PLACE = re.compile(rf"(\\?[^\s\[\]{{}}]+) +>> +({_TEMPORARY}) ")
 _PLACE_OF = re.compile(r"(\S+?) ?(?:\[(\d+):(\d+)\])? +\* \d+'h([0-9a-f]+)")
@@ -158,7 +158,9 @@ def narrow_sums(module: str) -> str:
     uses: dict[str, list[tuple[int, str]]] = {name: [] for name in widths}
     for line in module.splitlines():
         target = re.match(rf"  assign ({_TEMPORARY}) ", line)
-        into = target[1] if target and target[1] in widths else ""
+        into = (
+            target[1] if target and target[1] in widths and "{" not in line else ""
+        )  # a concatenation moves bits
         if line.startswith("  wire "):
             continue
         for name, top in re.findall(

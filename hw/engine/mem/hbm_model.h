@@ -112,7 +112,7 @@ public:
           faw_(config.at("t_faw_ps")), rtp_(config.at("t_rtp_ps")), wr_(config.at("t_wr_ps")),
           wtr_s_(config.at("t_wtr_s_ps")), wtr_l_(config.at("t_wtr_l_ps")), refi_(config.at("t_refi_ps")),
           rfc_(config.at("t_rfc_ps")), return_(config.at("return_ps")), khz_(config.at("user_clock_khz")),
-          window_(config.at("lookahead"), kNever), banks_(groups_ * per_group_) {
+          page_bytes_(groups_ * row_bytes_), window_(config.at("lookahead"), kNever), banks_(groups_ * per_group_) {
         next_refresh_ = refi_ * (number % 32 + 1) / 32;
     }
 
@@ -138,11 +138,10 @@ private:
 
     // Address bits, low to high: bank group, column, bank, row: a stream visits all groups before it repeats one.
     void decode(uint64_t address, int64_t& group, int64_t& bank, int64_t& row) const {
-        uint64_t unit = address / access_bytes_;
+        const uint64_t unit = address / access_bytes_, page = address / page_bytes_;
         group = unit % groups_;
-        unit /= groups_ * (row_bytes_ / access_bytes_);
-        bank = unit % per_group_ * groups_ + group;
-        row = unit / per_group_;
+        bank = page % per_group_ * groups_ + group;
+        row = page / per_group_;
     }
 
     struct Activate {
@@ -281,7 +280,7 @@ private:
     }
 
     int64_t ck_, groups_, per_group_, row_bytes_, access_bytes_, ccd_s_, ccd_l_, cl_, cwl_, rcd_, rp_, ras_, rrd_s_,
-        rrd_l_, faw_, rtp_, wr_, wtr_s_, wtr_l_, refi_, rfc_, return_, khz_;
+        rrd_l_, faw_, rtp_, wr_, wtr_s_, wtr_l_, refi_, rfc_, return_, khz_, page_bytes_;
     std::vector<int64_t> window_;
     std::vector<Bank> banks_;
     // The last `lookahead` activates and a window's worth before them: a younger access starts no earlier than the
@@ -314,12 +313,12 @@ enum Response : uint8_t { kOkay = 0, kSlverr = 2, kDecerr = 3 };
 class Port {
 public:
     Port(const Config& config, Memory& memory, Channel& channel, uint64_t base, uint64_t salt)
-        : memory_(memory), channel_(channel), base_(base), mode_(config.mode), latency_(config.at("latency_cycles")),
-          stall_(config.at("stall_percent")), error_address_(config.at("error_address")),
+        : memory_(memory), channel_(channel), base_(base), hbm_(config.mode == "hbm"), random_mode_(config.mode == "random"),
+          latency_(config.at("latency_cycles")), stall_(config.at("stall_percent")), error_address_(config.at("error_address")),
           error_response_(config.at("error_response")), max_bursts_(config.at("max_bursts")),
           random_(config.at("seed") * 1000003 + salt) {
-        if (mode_ != "hbm" && mode_ != "fixed" && mode_ != "random")
-            throw std::runtime_error("memory mode must be hbm, fixed or random, not " + mode_);
+        if (!hbm_ && !random_mode_ && config.mode != "fixed")
+            throw std::runtime_error("memory mode must be hbm, fixed or random, not " + config.mode);
     }
     std::vector<std::string> violations;
 
@@ -337,16 +336,16 @@ protected:
         int64_t bad = error_address_;
         return bad >= 0 && uint64_t(bad) >= address && uint64_t(bad) < address + bytes ? Response(error_response_) : kOkay;
     }
-    uint64_t simple_latency() { return mode_ == "random" ? 1 + random_.next() % latency_ : latency_; }
-    bool hbm() const { return mode_ == "hbm"; }
-    bool stalls() { return mode_ == "random" && random_.percent(stall_); }
+    uint64_t simple_latency() { return random_mode_ ? 1 + random_.next() % latency_ : latency_; }
+    bool hbm() const { return hbm_; }
+    bool stalls() { return random_mode_ && random_.percent(stall_); }
 
     Memory& memory_;
     Channel& channel_;
     uint64_t base_;
 
 private:
-    std::string mode_;
+    bool hbm_, random_mode_;
     uint64_t latency_, stall_;
     int64_t error_address_;
     uint8_t error_response_;
@@ -393,6 +392,7 @@ private:
     void push(uint64_t cycle, uint64_t address, uint32_t beats, uint32_t bytes, uint32_t burst, uint32_t id) {
         check_burst(cycle, address, beats, bytes, burst);
         Burst b{address, cycle, cycle, beats, bytes, id, 0, response(address, uint64_t(beats) * bytes), {}};
+        if (hbm()) b.ready.reserve(beats);
         if (!hbm()) b.free_at = cycle + simple_latency();
         else if (b.resp != kDecerr)
             for (uint32_t n = 0; n < beats; n++)
@@ -532,7 +532,7 @@ private:
         (top).PREFIX##___05Frlast = (port).rlast;                              \
         (top).PREFIX##___05Frresp = (port).rresp;                              \
         (top).PREFIX##___05Frid = (port).rid;                                  \
-        std::memcpy(&(top).PREFIX##___05Frdata, (port).rdata, sizeof((top).PREFIX##___05Frdata)); \
+        if ((port).rvalid) std::memcpy(&(top).PREFIX##___05Frdata, (port).rdata, sizeof((top).PREFIX##___05Frdata)); \
     } while (0)
 #define KV_CLOCK_READ(top, PREFIX, port, cycle)                                                                   \
     (port).clock(cycle, (top).PREFIX##___05Farvalid, (top).PREFIX##___05Faraddr, (top).PREFIX##___05Farlen, (top).PREFIX##___05Farsize, \

@@ -126,11 +126,15 @@ def test_a_sum_is_as_wide_as_its_readers():
         "wire [9:0] \\$1 ;", "wire [10:0] \\$2 ;", "wire [10:0] \\$3 ;",
         "assign \\$1  = a + b;", "assign \\$2  = \\$1  + c;", "assign \\$3  = a - b;",
         "assign o = \\$2 [7:0];", "assign p = \\$3  == 11'h003;",
+        "wire [4:0] \\$4 ;", "wire [8:0] \\$5 ;", "assign \\$4  = a + b;", "assign \\$5  = { c, \\$4  } + d;",
+        "assign q = \\$5 [2:0];",
     )  # fmt: skip
     after = simulation_text.narrow_sums(before)
     assert "wire [7:0] \\$1 ;" in after
     assert "wire [7:0] \\$2 ;" in after
     assert "wire [10:0] \\$3 ;" in after, "a comparison reads every bit"
+    assert "wire [4:0] \\$4 ;" in after, "an item of a concatenation has its width"
+    assert "wire [2:0] \\$5 ;" in after
 
 
 def test_a_place_that_can_reach_beyond_the_word_stays_a_shift():

@@ -1,10 +1,15 @@
-"""What a multiplier gets from its selects and from the pre-adder, against the arithmetic form of the array."""
+"""What a multiplier gets from its selects and from the pre-adder, against the numbers that the packings name."""
 
-from amaranth import Assert, Assume, Cat, Const, Module, Mux, Signal
+from itertools import combinations
+
+from amaranth import Array, Assert, Assume, Cat, Const, Module, Mux, Signal
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In
 
-from hw.engine.array import FIELD, Operands, _selects, shared_operand
+from hw.engine.array import FIELD, PAIR_FIELD, Operands, _selects, shared_operand
+
+KEPT = [*combinations(range(4), 2), (0, 0), (0, 0)]
+"""Positions that patterns 0 to 5 keep; 6 and 7 are none."""
 
 
 class OperandProof(wiring.Component):
@@ -37,12 +42,16 @@ class OperandProof(wiring.Component):
         )
         shared, codes = o.halves()
         x, y = Signal(27), Signal(FIELD)
+        one, two = (Array(o.acts[kept[n]].as_signed() for kept in KEPT)[self.pattern] for n in range(2))
+        w1, w2 = (2 * code - 3 for code in o.codes)
+        sparse_x = one + 128 + ((two + 128) << PAIR_FIELD)
+        sparse_y = w2 + (w1 << PAIR_FIELD)
         m.d.comb += [
             # A 2:4 step has no plane but the lowest, and none of the patterns 6 and 7.
             Assume(~self.sparse | ((self.weights & 0xFCFC) == 0)),
             Assume(~(self.pattern[1] & self.pattern[2])),
-            x.eq(Mux(self.sparse, o.sparse_x(), o.dense_x())),
-            y.eq(Mux(self.sparse, o.sparse_y(), o.dense_y())),
+            x.eq(Mux(self.sparse, sparse_x, self.weights[:8] + (self.weights[8:] << FIELD))),
+            y.eq(Mux(self.sparse, sparse_y, self.dense.as_signed())),
             Assert(o.selected(m) == x),
             Assert((shared + Mux(self.sparse, codes, Const(0, FIELD)))[:FIELD] == y),
         ]

@@ -1,7 +1,7 @@
-"""The multipliers' operands proved: what the DSPs choose and add is what the arithmetic form multiplies.
+"""The multipliers' operands proved: what the DSPs choose and add is what the packings say, for every input.
 
-Together with the sum of products, which both forms register alike (`tests/rtl/test_engine_dsp.py` drives the cascade
-one position at a time), this says that the array on DSPs is the array that the engine instantiates.
+Together with `tests/rtl/test_engine_dsp.py`, which drives the cascades against sums of products, one position at a time
+too, this says that the array on DSPs is the array that the engine instantiates.
 """
 
 import pytest

@@ -50,6 +50,13 @@ def command(
     check: Annotated[
         bool, typer.Option("--check", help="run the golden device too and demand equal tokens and logits")
     ] = False,
+    lockstep: Annotated[
+        bool,
+        typer.Option(
+            "--lockstep",
+            help="run the golden decoder beside a device and stop at the first tensor that differs",
+        ),
+    ] = False,
     save: Annotated[
         Path | None, typer.Option(help="also write a device's result as JSON to this file")
     ] = None,
@@ -75,6 +82,8 @@ def command(
         check_prompt(one)
     if also and device is None:
         raise KVStrataError(f"a batch runs on a device; got {len(prompts)} prompts and none")
+    if lockstep and (device is None or also):
+        raise KVStrataError(f"lockstep needs a device and one prompt; got {device} and {len(prompts)}")
     if policy not in POLICIES:
         raise KVStrataError(f"a policy is one of {', '.join(POLICIES)}; got {policy!r}")
     kept = LambdaWindow(sinks, window) if policy == "lambda" else None
@@ -95,7 +104,8 @@ def command(
             if also:
                 runs = batch_on_device(checkpoint, setup, prompts, tokens, status.update, not raw, image)
             else:
-                runs = [on_device(checkpoint, setup, prompt, tokens, status.update, not raw, image)]
+                one = on_device(checkpoint, setup, prompt, tokens, status.update, not raw, image, lockstep)
+                runs = [one]
             if check:
                 # What a batch wrote is what each prompt alone gets, from an image without a batch's caches.
                 alone = replace(setup, device="golden", sequences=1)

@@ -15,7 +15,7 @@ from golden.loaders.checkpoint import Checkpoint
 from golden.ops import argmax_lowest
 from golden.spec import KVStrataError
 from sw_stack.runtime.batch import BatchSession
-from sw_stack.runtime.machine import Setup, open_session
+from sw_stack.runtime.machine import Setup, open_lockstep, open_session
 from sw_stack.runtime.session import Session
 
 
@@ -79,15 +79,18 @@ def on_device(
     progress: Callable[[str], None] = lambda _: None,
     chat: bool = True,
     image: Path | None = None,
+    lockstep: bool = False,
 ) -> DeviceRun:
     """Answer a prompt greedily, or continue it (`chat` False); stops early at the end-of-text token.
 
-    KVStrataError when it does not fit.
+    `lockstep`: beside the golden decoder. KVStrataError when it does not fit, or names the first tensor that differs.
     """
     ids = _encoded(checkpoint, setup, prompt, new_tokens, chat)
-    session = open_session(checkpoint, setup, progress, image)
+    pair = open_lockstep(checkpoint, setup, progress, image) if lockstep else None
+    session = pair.session if pair else open_session(checkpoint, setup, progress, image)
+    forward = pair.require if pair else session.forward
     try:
-        return _decode(session, checkpoint, setup, prompt, chat, ids, new_tokens, progress)
+        return _decode(session, forward, checkpoint, setup, prompt, chat, ids, new_tokens, progress)
     finally:
         session.device.close()
 
@@ -167,6 +170,7 @@ def _decode_batch(
 
 def _decode(
     session: Session,
+    forward: Callable[[Sequence[int]], torch.Tensor],
     checkpoint: Checkpoint,
     setup: Setup,
     prompt: str,
@@ -178,13 +182,13 @@ def _decode(
     assert checkpoint.tokenizer is not None
     progress(f"prefill of {len(ids)} tokens")
     start = time.perf_counter()
-    rows = [session.forward(ids)]
+    rows = [forward(ids)]
     prefilled, prefill_cycles = time.perf_counter(), session.cycles
     tokens, cycles = [int(argmax_lowest(rows[-1]))], []
     while len(tokens) < new_tokens and tokens[-1] != checkpoint.tokenizer.eos_id:
         progress(f"{len(tokens)}/{new_tokens} tokens: {checkpoint.tokenizer.decode(tokens)[-60:]}")
         before = session.cycles
-        rows.append(session.forward(tokens[-1:]))
+        rows.append(forward(tokens[-1:]))
         cycles.append(session.cycles - before)
         tokens.append(int(argmax_lowest(rows[-1])))
     return DeviceRun(

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from golden.exact_decoder import ExactDecoder
+from golden.spec import KVStrataError
 from sw_stack.compile.layers import Layers
 from sw_stack.compile.program import Program
 from sw_stack.runtime.session import Session
@@ -61,6 +62,13 @@ class Lockstep:
         if torch.equal(logits, expected) and self._same_stream(seen):
             return expected, None
         return expected, self._locate(tokens, start, seen) or first_difference("logits", -1, logits, expected)
+
+    def require(self, tokens: Sequence[int]) -> torch.Tensor:
+        """Logits of the last token, equal on both sides; KVStrataError naming the first difference."""
+        logits, difference = self.forward(tokens)
+        if difference is not None:
+            raise KVStrataError(f"the device must compute the golden decoder's tensors; {difference}")
+        return logits
 
     def _same_stream(self, seen: dict[str, torch.Tensor]) -> bool:
         """Whether the last pass left the golden residual stream: small errors may not reach the logits."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from golden import ops
 from golden.engine_form import engine_form
-from golden.exact_decoder import engine_weight
+from golden.exact_decoder import ExactDecoder, engine_weight
 from golden.formats.weights import fitting_group
 from golden.lambda_window import LambdaWindow
 from golden.loaders.checkpoint import Checkpoint
@@ -30,6 +30,7 @@ from sw_stack.pack.image import Image, pack_checkpoint
 from sw_stack.pack.memory_map import MemoryMap
 from sw_stack.pack.ring import KVRing
 from sw_stack.runtime.batch import BatchSession
+from sw_stack.runtime.lockstep import Lockstep
 from sw_stack.runtime.placement import PLACEMENTS, InStorage, WindowAndStorage
 from sw_stack.runtime.session import Session, SharedSession, SplitSession
 
@@ -171,6 +172,36 @@ def _unit(setup: Setup, queries: int) -> AttentionUnit | None:
     return RtlUnit(UnitConfig(RTL_FLASH_CHANNELS, queries, max(1024, 1 << (setup.context - 1).bit_length())))
 
 
+def _image(
+    checkpoint: Checkpoint, setup: Setup, progress: Callable[[str], None], directory: Path | None
+) -> Image:
+    wanted = memory_map(checkpoint, setup)
+    check_fits(wanted)
+    if directory:
+        return given_image(directory, checkpoint, wanted)
+    return cached_image(checkpoint, wanted, progress)
+
+
+def open_lockstep(
+    checkpoint: Checkpoint,
+    setup: Setup,
+    progress: Callable[[str], None] = lambda _: None,
+    directory: Path | None = None,
+) -> Lockstep:
+    """A new sequence as `open_session` opens it, beside the golden decoder.
+
+    KVStrataError for anything but one sequence with dense attention on the engine.
+    """
+    if setup.placement != "engine" or setup.window or setup.sequences > 1:
+        raise KVStrataError(
+            f"lockstep needs placement engine, dense attention and one sequence; got placement {setup.placement!r}, "
+            f"{'a window' if setup.window else 'no window'}, {setup.sequences} sequences"
+        )
+    session = open_session(checkpoint, setup, progress, directory)
+    image = _image(engine_form(checkpoint), setup, progress, directory)
+    return Lockstep(session, ExactDecoder(checkpoint, setup.weights, setup.kv), image.norm_exponents)
+
+
 def open_session(
     checkpoint: Checkpoint,
     setup: Setup,
@@ -184,13 +215,7 @@ def open_session(
     """
     checkpoint = engine_form(checkpoint)
     progress("packing")
-    wanted = memory_map(checkpoint, setup)
-    check_fits(wanted)
-    image = (
-        given_image(directory, checkpoint, wanted)
-        if directory
-        else cached_image(checkpoint, wanted, progress)
-    )
+    image = _image(checkpoint, setup, progress, directory)
     progress("compiling")
     compiled = programs(image, setup)
     progress(f"opening the {setup.device} device")

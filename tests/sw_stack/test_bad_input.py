@@ -25,7 +25,9 @@ from sw_stack.drive.driver import open_drive
 from sw_stack.drive.errors import DriveError, DriveFull, UnrecoveredRead
 from sw_stack.drive.flash import FlashArray, Geometry
 from sw_stack.drive.shape import TaskShape
+from sw_stack.pack.image import Image
 from sw_stack.runtime import machine as runtime
+from sw_stack.runtime.generate import on_device
 from sw_stack.runtime.placement import InStorage
 from sw_stack.runtime.session import SplitSession
 from tests.sw_stack.machines import SHAPE, MakeMachine, random_checkpoint
@@ -130,6 +132,37 @@ def test_an_engine_that_does_not_answer(
     error = generate("--device", "rtl")
     assert isinstance(error, DeviceTimeout)
     assert sentence in str(error)
+
+
+def test_a_device_that_computes_something_else(generate: Generate, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrong(GoldenDevice):
+        """One weight code of the second layer is another."""
+
+        def __init__(self, image: Image) -> None:
+            super().__init__(image)
+            self.state.channels[2, image.map.matrices["layers.1.o"].base + 2, 7] ^= 0xFF
+
+    monkeypatch.setattr(runtime, "GoldenDevice", Wrong)
+    error = generate("--lockstep", prompt="abc")
+    assert (
+        "must compute the golden decoder's tensors; residual stream of layer 1 differs first at index"
+        in str(error)
+    )
+    assert "lockstep needs placement engine, dense attention and one sequence; got placement 'csd'" in str(
+        generate("--lockstep", "--placement", "csd")
+    )
+    assert "lockstep needs a device and one prompt; got golden and 2" in str(
+        generate("--lockstep", "--also", "more")
+    )
+
+
+def test_lockstep_writes_what_the_device_alone_writes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, checkpoint: Checkpoint
+) -> None:
+    monkeypatch.setenv("KVSTRATA_BUILD", str(tmp_path / "build"))
+    setup = runtime.Setup(context=64)
+    beside, alone = (on_device(checkpoint, setup, "keys", 3, lockstep=both) for both in (True, False))
+    beside.require_equal(alone)
 
 
 def test_a_drive_that_does_not_answer(generate: Generate, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,8 +104,8 @@ def command(
             if also:
                 runs = batch_on_device(checkpoint, setup, prompts, tokens, status.update, not raw, image)
             else:
-                one = on_device(checkpoint, setup, prompt, tokens, status.update, not raw, image, lockstep)
-                runs = [one]
+                run = on_device(checkpoint, setup, prompt, tokens, status.update, not raw, image, lockstep)
+                runs = [run]
             if check:
                 # What a batch wrote is what each prompt alone gets, from an image without a batch's caches.
                 alone = replace(setup, device="golden", sequences=1)

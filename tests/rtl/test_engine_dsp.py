@@ -73,6 +73,14 @@ def test_a_cascade_with_a_missing_register_is_noticed():
     assert "results differ" in result.stderr
 
 
-def test_an_unresolved_overlap_of_packed_fields_is_noticed(monkeypatch):
-    monkeypatch.setattr(array, "_parity", lambda m, index, operands: Const(0, 1))
+REAL_ADD = array._add
+MUTANTS = {
+    "an unresolved overlap of packed fields": ("_parity", lambda m, index, operands: Const(0, 1)),
+    "a dropped borrow between packed fields": ("_add", lambda a, b, carry: REAL_ADD(a, b, Const(0, 1))),
+}
+
+
+@pytest.mark.parametrize("name", list(MUTANTS))
+def test_a_mutant_is_noticed(monkeypatch, name):
+    monkeypatch.setattr(array, *MUTANTS[name])
     assert "results differ" in compare(*twins()).stderr

@@ -136,7 +136,7 @@ def _job(s: Selection, tokens: int, head: int, flash: FlashBehind, rng: np.rando
         ]
         for block in range(math.ceil(tokens / span))
     ]
-    return BatchJob(tokens, exact, blocks, counts, DIGITS)
+    return BatchJob(tokens, exact, blocks, list(marks), counts, DIGITS)
 
 
 DIGITS = 3

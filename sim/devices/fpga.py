@@ -92,8 +92,9 @@ def attention_s(fpga: Fpga, model: Model, tokens: float) -> float:
     """Least time of one layer's scores, softmax and mixing over `tokens` cached tokens of all sequences together."""
     if fpga.engine == "published":
         return 0.0
-    scores = tokens * model.heads
-    return measured.fit_layer(fpga.weight_format).per["scores"] * scores / (fpga.clock_mhz * 1e6)
+    per = measured.fit_layer(fpga.weight_format).per
+    each = per["scores"] * model.heads + per["shared_scores"] * (model.heads - model.kv_heads)
+    return tokens * each / (fpga.clock_mhz * 1e6)
 
 
 def beside_weights_s(fpga: Fpga, model: Model, batch: int) -> float:

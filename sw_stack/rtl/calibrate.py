@@ -213,8 +213,8 @@ def _layer_rows() -> Iterable[dict[str, Any]]:
     from sw_stack.rtl.layer import predict
 
     memory = MemoryModel()
-    port = U280.channels * WORD_BYTES
-    rate = port * MemoryTiming.of(memory).words_per_cycle
+    timing, port = MemoryTiming.of(memory), U280.channels * WORD_BYTES
+    rate = port * timing.words_per_cycle
     for name, (hidden, heads, kv_heads, head_size, ffn) in LAYER_SHAPES.items():
         weights = 2 * hidden * head_size * (heads + kv_heads) + 3 * hidden * ffn
         for fmt in WEIGHT_FORMATS.values():
@@ -230,10 +230,12 @@ def _layer_rows() -> Iterable[dict[str, Any]]:
                     "shape": [hidden, heads, kv_heads, head_size, ffn, context],
                     "weights": fmt.name,
                     "cycles": found.layer_cycles,
-                    "bound_cycles": found.layer_words * port / rate,
+                    # Of the bus: refreshes fall between layers too, and FIFOs carry words from one to the next.
+                    "bound_cycles": found.layer_words / timing.bus_words_per_cycle,
                     "bytes": found.layer_words * port,
                     "weight_cycles": max(size / rate, macs),
                     "scores": heads * context,
+                    "shared_scores": (heads - kv_heads) * context,
                     "kv_heads": kv_heads,
                     "hidden": hidden,
                 }

@@ -17,7 +17,7 @@ def table(block, slope, fixed, clock_mhz=285.0):
     return {"spec_version": "1", "block": block, "config": "test", "clock_mhz": clock_mhz, "rows": rows}
 
 
-LAYER = {"scores": 0.1, "kv_heads": 100.0, "hidden": 1.0, "layer": 900.0}
+LAYER = {"scores": 0.1, "shared_scores": 0.05, "kv_heads": 100.0, "hidden": 1.0, "layer": 900.0}
 """Cycles of the made-up layers beside those of their weights."""
 
 
@@ -29,11 +29,13 @@ def layers():
         (5120, 40, 40, 2048),
         (2048, 16, 16, 128),
         (576, 9, 3, 2048),
+        (3072, 24, 4, 512),
     ]
     rows = []
     for weights, bits in (("w8", 8.5), ("w4", 5.0), ("w2", 2.5), ("w2s24", 1.875)):
         for hidden, heads, kv_heads, context in shapes:
-            terms = {"scores": heads * context, "kv_heads": kv_heads, "hidden": hidden}
+            terms = {"scores": heads * context, "shared_scores": (heads - kv_heads) * context}
+            terms |= {"kv_heads": kv_heads, "hidden": hidden}
             stream = 12 * hidden**2 * bits / 8 / 1908
             cycles = stream + LAYER["layer"] + sum(LAYER[name] * value for name, value in terms.items())
             fixed = {"name": f"{hidden}", "weights": weights, "shape": [hidden, heads, kv_heads, context]}

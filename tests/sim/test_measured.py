@@ -72,7 +72,8 @@ def test_a_layer_of_the_engine_costs_what_was_measured_beside_its_weights(calibr
     from sim.describe.workload import Workload
 
     found = fit_layer("w2s24")
-    assert found.per == pytest.approx({"scores": 0.1, "kv_heads": 100.0, "hidden": 1.0, "layer": 900.0})
+    made_up = {"scores": 0.1, "shared_scores": 0.05, "kv_heads": 100.0, "hidden": 1.0, "layer": 900.0}
+    assert found.per == pytest.approx(made_up)
     assert found.worst_residual < 1e-9
     small = simulate("u280", "llama-2-7b", "fpga", Workload(batch=1, input_tokens=64, output_tokens=4))
     ideal = simulate(
@@ -93,8 +94,8 @@ def test_a_layer_of_the_engine_costs_what_was_measured_beside_its_weights(calibr
     ("change", "message"),
     [
         (lambda t: t["rows"].clear(), "no decoder layer of w4 weights .*run `make calibrate`"),
-        (lambda t: t["rows"][5].pop("scores"), "row 4096 lacks scores: run `make calibrate`"),
-        (lambda t: t["rows"].__delitem__(slice(6, 20)), "needs more than 4 layers, got 1: run"),
+        (lambda t: t["rows"][6].pop("scores"), "row 4096 lacks scores: run `make calibrate`"),
+        (lambda t: t["rows"].__delitem__(slice(7, 24)), "needs more than 5 layers, got 1: run"),
     ],
 )
 def test_layer_tables_that_cannot_be_used_are_refused(calibration, layer_table, change, message):

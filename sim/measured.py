@@ -26,9 +26,9 @@ CALIBRATION = Path(__file__).resolve().parent / "calibration"
 ROW_FIELDS = ("name", "cycles", "bound_cycles", "bytes")
 LAYER_BLOCK = "engine_layer"
 LAYER_TERMS = ("scores", "shared_scores", "kv_heads", "hidden", "layer")
-"""What a layer's cycles beyond its weights grow with: (query head, token) pairs, those of them that come without words of
-their own since another query of the group reads the key, KV heads whose vectors are appended, hidden size (norms, RoPE,
-residuals), and what starts once."""
+"""What a layer's cycles beyond its weights grow with: (query head, token) pairs, those of them that come without words
+of their own since another query of the group reads the key, KV heads whose vectors are appended, hidden size (norms,
+RoPE, residuals), and what starts once."""
 ON_RTL = "measured on RTL"
 
 

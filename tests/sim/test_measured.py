@@ -161,7 +161,7 @@ def committed_sparf_runs():
 
 @pytest.mark.parametrize("run", committed_sparf_runs()[1], ids=lambda r: r["name"])
 def test_the_rtl_of_a_sparf_batch_is_one_of_the_drawn_batches_within_three_percent(run):
-    """The RTL's selection is one draw; where reads take long, draws of a shape differ by more than the recurrence errs."""
+    """The RTL's selection is one draw; where reads take long, draws differ by more than the recurrence errs."""
     from sim.devices.csd import SPARF_BLOCK
     from sim.devices.storage_unit import FlashBehind, Selection, followed_cycles
 

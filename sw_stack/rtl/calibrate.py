@@ -6,7 +6,7 @@ holds name, shape, cycles, bound_cycles (what the block's ports or the flash cha
 deterministic, so that a test can run a row again and demand equality. The in-storage unit's table of SparF also holds
 "times", the cycles of its blocks (`golden.storage.batch.UnitTimes`): with them the system model runs the recurrence
 that tests hold to the RTL, so its rows say beside the RTL's cycles what the recurrence gives for the same pages
-(recurrence_cycles) and for pages drawn for the shape (typical_cycles, `golden.storage.batch_shapes`).
+(recurrence_cycles).
 """
 
 from __future__ import annotations
@@ -154,10 +154,9 @@ SPARF_SHAPES = (
 def _sparf_rows() -> Iterable[dict[str, Any]]:
     import numpy as np
 
-    from golden.storage.batch_shapes import Shape, batch_cycles
     from sw_stack.rtl import selections
     from sw_stack.rtl.attention import KernelConfig
-    from sw_stack.rtl.batch_cycles import expected_cycles, flash_times, unit_model
+    from sw_stack.rtl.batch_cycles import expected_cycles
     from sw_stack.rtl.storage import UnitConfig, run
 
     random = np.random.default_rng(1)
@@ -167,27 +166,18 @@ def _sparf_rows() -> Iterable[dict[str, Any]]:
         cycles = run(batch.cache, batch.jobs, UnitConfig(), read_ns=read_ns).cycles
         followed = expected_cycles(batch.cache, batch.jobs, batch.traces, channels=8, read_ns=read_ns)
         job = batch.jobs[0]
-        drawn = Shape(
-            tokens,
-            r=job.r,
-            k=job.k,
-            m=batch.cache.m,
-            window=job.window,
-            run_tokens=selections.RUN_TOKENS if clustered else 0,
-        )
         kind = "clustered" if clustered else "random"
         yield {
             "name": f"SparF {kind}, {heads} heads, {tokens} tokens x {selections.HEAD_SIZE}, tR {read_ns / 1000:g} us",
             "shape": [heads, tokens, selections.HEAD_SIZE],
-            "r": drawn.r,
-            "k": drawn.k,
-            "m": drawn.m,
-            "window": drawn.window,
-            "run_tokens": drawn.run_tokens,
+            "r": job.r,
+            "k": job.k,
+            "m": batch.cache.m,
+            "window": job.window,
+            "run_tokens": selections.RUN_TOKENS if clustered else 0,
             "read_ns": read_ns,
             "cycles": cycles,
             "recurrence_cycles": round(followed),
-            "typical_cycles": round(batch_cycles(drawn, heads, unit_model(), flash_times(read_ns=read_ns))),
             "bound_cycles": batch.page_bytes / rate,
             "bytes": batch.page_bytes,
             "commands": heads,

@@ -77,10 +77,15 @@ def simulate(
     ({"csd.channels": 16}), of the framework ({"framework": "cuda-graphs", "framework.gpu_batches": 4}) and of the
     workload ({"workload.sparsity": 0.25}). Raises ConfigError, CapacityError or CalibrationError, each one sentence.
     """
+    check_fidelity(fidelity)
+    return evaluate(bind(machine, model, scheme, workload, overrides, tuning), fidelity)
+
+
+def check_fidelity(fidelity: str) -> None:
+    """Raises ConfigError unless the fidelity has this name."""
     if fidelity not in FIDELITIES:
         hint = did_you_mean(fidelity, list(FIDELITIES))
         raise ConfigError(f"fidelity must be one of {', '.join(FIDELITIES)}, got {fidelity!r}{hint}")
-    return evaluate(bind(machine, model, scheme, workload, overrides, tuning), fidelity)
 
 
 def scheme_names() -> list[str]:

@@ -48,7 +48,7 @@ def command(
     docs/accuracy.md. Any of --weights, --kv, --policy, --level measures their combinations instead of the grid."""
     from golden.accuracy import Results, check_rows, missing
     from golden.accuracy_page import total_bytes
-    from golden.accuracy_rows import combinations, grid
+    from golden.accuracy_rows import check_row, combinations, grid
     from golden.llama import english_text
     from golden.loaders import load
     from golden.spec import KVStrataError
@@ -57,7 +57,6 @@ def command(
 
     if jobs < 1:
         raise KVStrataError(f"the number of jobs must be at least 1, got {jobs}.")
-    checkpoint, directory = load(model), build_dir() / "accuracy"
     everything = list(grid())
     own = any((weights, kv, policy, level))
     asked = combinations(context or [256], weights, kv, policy, level) if own else everything
@@ -66,6 +65,9 @@ def command(
         raise KVStrataError(
             f"a filter must leave at least one row of the grid, got {match} at contexts {context}."
         )
+    for row in rows:
+        check_row(row)
+    checkpoint, directory = load(model), build_dir() / "accuracy"
     check_rows(rows, checkpoint)
     text, results = english_text(), Results(directory / "results.sqlite")
     todo = missing(rows, checkpoint, text.sha256, results) if measure else []

@@ -7,6 +7,7 @@ import typer
 
 if TYPE_CHECKING:
     from sim.describe.machine import Machine
+    from sim.describe.model import Model
     from sim.result import RunResult
 
 
@@ -44,10 +45,11 @@ def command(
     import json
 
     from golden.spec import KVStrataError
-    from sim.api import scheme_names, simulate, split_overrides
+    from sim.api import check_fidelity, scheme_names, simulate, split_overrides, tuned
     from sim.describe.base import build
     from sim.describe.machine import load_machine
-    from sim.describe.workload import Workload
+    from sim.describe.model import load_model
+    from sim.describe.workload import Tuning, Workload
     from sim.overrides import parse
     from sim.policy import best_policy as search
     from sim.timeline import perfetto
@@ -58,13 +60,16 @@ def command(
 
         write_file(sensitivity, markdown())
         return
-    devices, tuned, work = split_overrides(parse(set_ or []))
-    described = load_machine(machine, devices)
-    settings: dict[str, object] = {"framework": framework} if framework else {}
-    settings |= {f"framework.{k}" if k else "framework": v for k, v in tuned.items()}
+    # What every scheme shares is looked at once, so that its error is one sentence and not one per scheme.
+    check_fidelity(fidelity)
+    devices, served, work = split_overrides(parse(set_ or []))
+    described, shape = load_machine(machine, devices), load_model(model)
+    served = ({"": framework} if framework else {}) | served
+    tuned(Tuning(), served)
+    settings = {f"framework.{k}" if k else "framework": v for k, v in served.items()}
     if arrivals_per_s or arrival_trace:
         arrivals = (arrivals_per_s, requests, input_tokens, output_tokens)
-        _serve(scheme or scheme_names(), described, model, arrival_trace, arrivals, settings, as_json)
+        _serve(scheme or scheme_names(), described, shape, arrival_trace, arrivals, settings, as_json)
         return
     fields = {"batch": batch, "input_tokens": input_tokens, "output_tokens": output_tokens}
     workload = build(Workload, fields | work, "workload")
@@ -73,9 +78,9 @@ def command(
     for name in scheme or scheme_names():
         try:
             if best_policy and name.startswith("flexgen"):
-                results.append(search(described, model, name, batches, workload, overrides=settings))
+                results.append(search(described, shape, name, batches, workload, overrides=settings))
             else:
-                results.append(simulate(described, model, name, workload, fidelity, settings))
+                results.append(simulate(described, shape, name, workload, fidelity, settings))
         except KVStrataError as error:
             if scheme:
                 raise
@@ -112,7 +117,7 @@ def command(
 def _serve(
     schemes: list[str],
     machine: "Machine",
-    model: str,
+    model: "Model",
     trace: Path | None,
     arrivals: tuple[float, int, int, int],
     settings: "dict[str, object]",
@@ -133,8 +138,10 @@ def _serve(
         except KVStrataError as error:
             note(f"{name}: {error}")
     if not rows:
-        raise KVStrataError(f"machine {machine.name} serves {model} with no scheme; the reasons are above")
-    show_rows(f"{model} on {machine.name}, {len(requests)} requests", rows, as_json)
+        raise KVStrataError(
+            f"machine {machine.name} serves {model.name} with no scheme; the reasons are above"
+        )
+    show_rows(f"{model.name} on {machine.name}, {len(requests)} requests", rows, as_json)
 
 
 def _row(result: "RunResult") -> dict[str, object]:

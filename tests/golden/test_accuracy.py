@@ -15,7 +15,7 @@ from golden.accuracy import (
     prefill,
 )
 from golden.accuracy_page import page, pareto_front, pareto_plot, table
-from golden.accuracy_rows import Row, combinations, grid, parse_policy
+from golden.accuracy_rows import Row, check_row, combinations, grid, parse_policy
 from golden.compression import Recipe
 from golden.float_decoder import FloatDecoder
 from golden.loaders import load
@@ -100,6 +100,8 @@ def test_kept_rows_are_not_measured_again(rows, smollm2):
 def test_every_row_of_the_grid_is_legal_and_its_own(smollm2):
     every = list(grid())
     assert len({r.key(smollm2, "t") for r in every}) == len(every)
+    for row in every:
+        check_row(row)
     check_rows(every, smollm2)
     assert {r.context for r in every} == {256, 1024, 2048, 4096, 8192}
 

@@ -118,7 +118,10 @@ def test_reproduce_prints_rows_and_summary(capsys):
         (["simulate", "flexgen-ssd", "--set", "ssd.capacity_gb=20"], "GB of drives, "),
         (["simulate", "flexgen-dram", "--batch", "128"], "a batch of "),
         (["simulate", "--model", "opt-13"], "unknown model preset 'opt-13' (did you mean opt-13b?)"),
-        (["simulate", "--fidelity", "pages"], "one of analytic, flow, page, got 'pages' (did you mean page?)"),
+        (
+            ["simulate", "--fidelity", "pages"],
+            "one of analytic, flow, page, got 'pages' (did you mean page?)",
+        ),
         (["simulate", "--framework", "flexgn"], "did you mean flexgen?"),
         (["simulate", "csd-dense", "--model", "sim"], "unknown model preset 'sim'"),
         (

@@ -25,6 +25,8 @@ VB_BANKS = 4
 """The vector buffer's equal banks, chosen by the top two address bits; each does one read and one write a cycle."""
 SIDE_BITS = 64
 """Sidecar of a 32-element activation group."""
+TURN_BITS = 4
+"""Field `turn` of APPEND_K and MATRIX."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,12 @@ class EngineConfig:
     def lanes(self) -> int:
         """Output rows computed side by side: one row block."""
         return self.channels * self.lanes_per_channel
+
+    @property
+    def turns(self) -> int:
+        """Orders of a row block's groups of `vector_lanes` rows: with turn t, group g holds the rows of group g XOR t."""
+        groups = self.lanes // self.vector_lanes
+        return min(groups & -groups, 1 << TURN_BITS)
 
     @property
     def macs_per_cycle(self) -> int:
@@ -214,7 +222,8 @@ def crumb(config: EngineConfig, bits: int, step: int, lane: int, position: int, 
 class KVLayout:
     """Address arithmetic of one layer and KV head (keys) or KV head group (values), in channel words.
 
-    Keys: row block = slot // lanes, lane = slot % lanes; channel = lane // lanes_per_channel.
+    Keys: row block = slot // lanes, lane = slot % lanes XOR turn * vector_lanes; channel = lane // lanes_per_channel.
+    Every head has a turn of its own as far as there are some, so that the new keys of all heads lie in many channels.
     Values: `heads_per_block` KV heads share a row block when a head is smaller than the array; row =
     (head % heads_per_block) * head_size + element. Blocks are `tile_capacity` tiles apart, so that tokens append.
     """
@@ -224,6 +233,10 @@ class KVLayout:
     head_size: int
     slots: int
     """Capacity in slots, a multiple of 32."""
+
+    def turn(self, head: int) -> int:
+        """Turn of a KV head's row blocks of keys."""
+        return head % self.config.turns
 
     @property
     def key_block_words(self) -> int:
@@ -255,19 +268,22 @@ class KVLayout:
         """Words per channel of the values of one head group."""
         return self.value_blocks * self.value_block_words
 
-    def key_code_position(self, slot: int, element: int, plane: int) -> tuple[int, int, int]:
+    def _key_lane(self, slot: int, turn: int) -> int:
+        return slot % self.config.lanes ^ turn * self.config.vector_lanes
+
+    def key_code_position(self, slot: int, element: int, plane: int, turn: int = 0) -> tuple[int, int, int]:
         """(channel, word, bit) of bits [2 * plane, 2 * plane + 1] of a key's code, word relative to the head's base.
 
         The 32 elements of a step and plane are 8 contiguous bytes.
         """
-        lane = slot % self.config.lanes
+        lane = self._key_lane(slot, turn)
         bit = crumb(self.config, self.bits, element // STEP, lane, element % STEP, plane)
         word = slot // self.config.lanes * self.key_block_words + 1 + bit // WORD_BITS
         return lane // self.config.lanes_per_channel, word, bit % WORD_BITS
 
-    def key_scale_position(self, slot: int) -> tuple[int, int, int]:
+    def key_scale_position(self, slot: int, turn: int = 0) -> tuple[int, int, int]:
         """(channel, word, bit) of a key's 32-bit record: scale in the low half, minimum in the high half."""
-        lane = slot % self.config.lanes
+        lane = self._key_lane(slot, turn)
         per_channel = self.config.lanes_per_channel
         return lane // per_channel, slot // self.config.lanes * self.key_block_words, lane % per_channel * 32
 
@@ -370,6 +386,7 @@ FIELDS: dict[Op, tuple[tuple[str, int], ...]] = {
         ("follows", 1),  # one vector: take its codes as the QUANT that is `counted` writes them
         ("collect", 1),  # the results are one vector whose extremes a `fresh` NORM or QUANT finds
         ("joins", 1),  # with `collect`: they go on where the product before ended, and their extremes join
+        ("turn", TURN_BITS),  # group g of `vector_lanes` results of a row block is that of the rows of group g XOR turn
     ),
     Op.NORM: (*_VECTOR, ("exponent", 6), ("epsilon", 48)),
     Op.QUANT: (
@@ -395,7 +412,14 @@ FIELDS: dict[Op, tuple[tuple[str, int], ...]] = {
     Op.ADD: _VECTOR,
     Op.READ: (("addr", 32), ("count", 16), ("vectors", 8), ("stride", 24), ("dst", 20), ("dst_stride", 16)),
     Op.WRITE: (("addr", 32), ("count", 16), ("vectors", 8), ("stride", 24), ("dst", 20), ("dst_stride", 16)),
-    Op.APPEND_K: (("addr", 16), ("count", 8), ("bits", 4), ("head_size", 9), ("base", 32)),
+    Op.APPEND_K: (
+        ("addr", 16),
+        ("count", 8),
+        ("bits", 4),
+        ("head_size", 9),
+        ("base", 32),
+        ("turn", TURN_BITS),  # of the head's row blocks, as in the products that read them
+    ),
     Op.APPEND_V: (
         ("addr", 16),
         ("count", 8),

@@ -173,7 +173,7 @@ class Dispatch(wiring.Component):
             "vb_words": op.dst + rows,
             "table_end": op.table + op.vectors,
             "bad_shape": Cat(op.vectors == 0, op.vectors > config.tokens, op.blocks == 0, op.steps == 0,
-                             op.group_steps == 0, op.follows & (op.vectors != 1)).any(),
+                             op.group_steps == 0, op.follows & (op.vectors != 1), op.turn >= config.turns).any(),
             "pc": queued_op.pc,
             "valid": moves,
         }  # fmt: skip

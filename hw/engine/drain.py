@@ -4,7 +4,7 @@ from amaranth import Cat, Const, Module, Mux, Signal, Value, signed, unsigned
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
-from golden.spec.engine import EngineConfig
+from golden.spec.engine import TURN_BITS, EngineConfig
 from golden.spec.formats import ATTN_ACC_BITS, VEC_BITS
 from hw.engine.interfaces import TABLE_ADDR, VB_ADDR, OutputScale, collected, table_write, vb_read, vb_write
 from hw.engine.lane import BANKS
@@ -35,6 +35,7 @@ class DrainOp(data.Struct):
     collect: 1
     joins: 1
     last: 1
+    turn: TURN_BITS
 
 
 class ScaleLane(wiring.Component):
@@ -115,7 +116,7 @@ class Drain(wiring.Component):
         ]
         m.d.sync += Value.cast(scale).eq(Value.cast(table.r[0].data))
         width = lanes * ATTN_ACC_BITS
-        with m.Switch(group):
+        with m.Switch((group ^ op["turn"])[: len(group)]):
             for g in range(groups):
                 with m.Case(g):
                     m.d.sync += Value.cast(acc).eq(Value.cast(self.acc)[g * width :][:width])
@@ -174,7 +175,7 @@ class Drain(wiring.Component):
             m.d.sync += [x.eq(0) for x in (vector, in_group, first_group, group)]
             m.d.sync += [base.eq(new.dst), address.eq(new.dst), entry.eq(new.table), left.eq(count(new))]
         carried = {"accumulate": op.accumulate, "collect": op.collect, "joins": op.joins, "last": finish}
-        return {"entry": entry, **carried}, active, group, address, finish & op.last
+        return {"entry": entry, "turn": op.turn, **carried}, active, group, address, finish & op.last
 
     def _delay(self, m, active, address, op, finish):
         """Carries a read's address along the scale lanes; the residual is read one cycle before it is added."""

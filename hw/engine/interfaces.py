@@ -8,7 +8,7 @@ from amaranth import signed, unsigned
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
-from golden.spec.engine import STEP, WORD_BITS, EngineConfig
+from golden.spec.engine import STEP, TURN_BITS, WORD_BITS, EngineConfig
 
 VB_ADDR = 20
 """Address bits of a VB word (Q16 elements, `vector_lanes` of them, element 0 in the low bits)."""
@@ -172,7 +172,7 @@ class AppendOp(data.Struct):
 
     `base` and `scale_base` and the positions are those of golden.spec.engine.KVLayout: `base` is a channel word,
     `block_words` its `value_block_words`, `row` the head's first row in its block (values), `scale_base` the auxiliary
-    byte address of slot 0's V scale record.
+    byte address of slot 0's V scale record, `turn` that of the head's row blocks (keys).
     """
 
     values: 1
@@ -184,6 +184,7 @@ class AppendOp(data.Struct):
     block_words: 24
     row: 9
     scale_base: 32
+    turn: TURN_BITS
 
 
 def unit_port(op):
@@ -220,3 +221,4 @@ class MatrixOp(data.Struct):
     follows: 1
     collect: 1
     joins: 1
+    turn: TURN_BITS

@@ -203,6 +203,7 @@ class Issue(wiring.Component):
             item.collect.eq(op.collect),
             item.joins.eq(op.joins | (block != 0)),
             item.last.eq(last_block),
+            item.turn.eq(op.turn),
             Value.cast(self.final.payload).eq(Value.cast(finals.o.payload)),
             self.final.valid.eq(finals.o.valid & (ready != 0)),
             finals.o.ready.eq(self.final.ready & (ready != 0)),

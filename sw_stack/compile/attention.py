@@ -82,6 +82,7 @@ class AttentionEmitter(Emitter):
                 Op.APPEND_K, note, writes=[self._kv_span(layer, "k", head)],
                 addr=0, addr_reg=R.POSITION, count=len(self.rows), bits=layout.bits, head_size=size,
                 base=self.map.key_base(layer, head, self.sequence) + (0 if sink else self.map.sink_key_words),
+                turn=layout.turn(head),
             )  # fmt: skip
             return
         group, place = divmod(head, layout.heads_per_block)
@@ -195,6 +196,7 @@ class AttentionEmitter(Emitter):
             count=0, count_reg=R.KEY_BLOCKS, steps=steps, vectors=vectors,
             addr=q8.at(first, buffer), stride=q8.words, table=scale.at(first),
             dst=scores.at(buffer=head, offset=self.map.sink_slots // self.lanes), dst_stride=scores.words,
+            turn=self.map.kv_layout.turn(head),
         )  # fmt: skip
 
     def _sink_keys(self, layer: int, head: int) -> None:
@@ -211,7 +213,7 @@ class AttentionEmitter(Emitter):
             codes=self._kv_codes, scaled=1, minimum=1, group_steps=steps,
             count=words // self.map.kv_layout.key_block_words, steps=steps, vectors=group,
             addr=q8.at(first), stride=q8.words, table=scale.at(first),
-            dst=scores.at(buffer=head), dst_stride=scores.words,
+            dst=scores.at(buffer=head), dst_stride=scores.words, turn=self.map.kv_layout.turn(head),
         )  # fmt: skip
 
     @property

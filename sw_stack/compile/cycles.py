@@ -422,7 +422,9 @@ class Append:
 
     def _key(self, taken: int, f: dict[str, int], slot: int) -> int:
         """A scale record and the pieces, one a cycle; the cycle with all answers in."""
-        channel = slot // self._config.lanes_per_channel % self._config.channels
+        config = self._config
+        lane = slot % config.lanes ^ f.get("turn", 0) * config.vector_lanes
+        channel = lane // config.lanes_per_channel
         last = taken + 1 + f["head_size"] // STEP * (f["bits"] // 2)
         self._idle = last + 1
         return max(self._answered(at, channel) for at in range(taken + 1, last + 1))

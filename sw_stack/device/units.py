@@ -145,14 +145,15 @@ def _dma(state: EngineState, f: Fields, write: bool) -> None:
 
 def _append_k(state: EngineState, f: Fields) -> None:
     layout = _layout(state, f)
+    _check_turn(state, f)
     for slot, record in _taken(state, f):
         planes = _crumb_bytes(record.codes, f["bits"])
         for step in range(f["head_size"] // STEP):
             for plane in range(f["bits"] // 2):
-                channel, word, bit = layout.key_code_position(slot, step * STEP, plane)
+                channel, word, bit = layout.key_code_position(slot, step * STEP, plane, f["turn"])
                 at = state.channels[channel, f["base"] + word]
                 at[bit // 8 : bit // 8 + STEP // 4] = planes[plane, step * STEP // 4 :][: STEP // 4]
-        channel, word, bit = layout.key_scale_position(slot)
+        channel, word, bit = layout.key_scale_position(slot, f["turn"])
         pair = np.array([record.scale, record.minimum], "<u2").view(np.uint8)
         state.channels[channel, f["base"] + word, bit // 8 : bit // 8 + 4] = pair
 
@@ -178,6 +179,11 @@ def _append_v(state: EngineState, f: Fields) -> None:
 
 def _layout(state: EngineState, f: Fields) -> KVLayout:
     return KVLayout(state.config, f["bits"], f["head_size"], 1 << 16)
+
+
+def _check_turn(state: EngineState, f: Fields) -> None:
+    if f["turn"] >= state.config.turns:
+        raise UnitError(Error.SHAPE, f"a row block has {state.config.turns} turns; got {f['turn']}")
 
 
 def _taken(state: EngineState, f: Fields) -> list[tuple[int, KVRecord]]:
@@ -226,6 +232,7 @@ def _matrix(state: EngineState, f: Fields) -> None:
         raise UnitError(
             Error.SHAPE, f"the array passes 1 to {state.config.tokens} vectors; got {f['vectors']}"
         )
+    _check_turn(state, f)
     blocks, steps = _shape(f)
     weights = _weights(state, f, blocks, steps)
     groups = (
@@ -301,7 +308,8 @@ def _value_products(weights: torch.Tensor, codes: torch.Tensor, sides: torch.Ten
 
 def _drain(state: EngineState, f: Fields, y: np.ndarray) -> None:
     lanes = state.config.vector_lanes
-    for v, row in enumerate(y):
+    y = y.reshape(len(y), -1, state.config.turns, lanes)[:, :, np.arange(state.config.turns) ^ f["turn"]]
+    for v, row in enumerate(y.reshape(len(y), -1)):
         if f["vec_group"]:
             first = v // f["vec_group"] * f["vec_rows"]
             row = row[first : first + f["vec_rows"]]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from golden.spec import KVStrataError
-from golden.spec.engine import TINY, Codes, StreamFormat, value_stream, weight_stream
+from golden.spec.engine import TINY, Codes, EngineConfig, StreamFormat, value_stream, weight_stream
 from golden.spec.formats import SPARSE24_PATTERNS, WEIGHT_FORMATS
 from hw.timing import Product, matrix_cycles
 from sw_stack.pack.stream import Fields, pack_matrix
@@ -157,6 +157,34 @@ def test_accumulate_adds_the_residual_with_saturation():
     )
     expected = reference(**o) + residual.reshape(2, -1)
     assert np.array_equal(run_core(job).vector_buffer.reshape(2, -1), np.clip(expected, -(2**31), 2**31 - 1))
+
+
+def test_a_turn_exchanges_groups_of_every_row_block():
+    """As keys are read whose slots lie turned: each turn once, two row blocks, two vectors."""
+    config = EngineConfig("four turns", 2, 8, 4, 16, 64, 256, 64, 64)
+    rng = np.random.default_rng(7)
+    o = operands(rng, "w4", 32, 64, 2, 32)
+    stream = weight_stream("w4", 32)
+    from sw_stack.rtl.matvec import activation_groups, matrix_operation, weight_fields
+
+    words = pack_matrix(
+        config, stream, weight_fields(o["codes"], o["scales"], o["minima"], WEIGHT_FORMATS["w4"])
+    )
+    operation, size = matrix_operation(config, stream, 32, 64, 2), 2 * output_words(config, 32)
+    job = CoreJob(
+        config,
+        np.concatenate([words] * config.turns, 1),
+        [{**operation, "turn": turn, "dst": turn * size} for turn in range(config.turns)],
+        np.zeros((config.turns * size, 4), np.int32),
+        activation_groups(config, o["acts"]),
+        {v: (8, int(o["mantissa"][v]), -int(o["exponent"][v])) for v in range(2)},
+    )
+    got = run_core(job).vector_buffer.reshape(config.turns, 2, 2, 4, 4)
+    expected = reference(**o).reshape(2, 2, 4, 4)
+    assert config.turns == 4
+    for turn in range(config.turns):
+        for group in range(4):
+            assert np.array_equal(got[turn, :, :, group], expected[:, :, group ^ turn]), (turn, group)
 
 
 def test_an_illegal_pattern_stops_the_unit():

@@ -277,7 +277,7 @@ class Placer(wiring.Component):
             self.o.p.head_size.eq(op.head_size),
             self.o.p.slot.eq(slot),
             self.o.p.word.eq(first),
-            self.o.p.channel.eq(op.row // lanes),
+            self.o.p.channel.eq(Mux(op.values, op.row // lanes, self._key_channel(slot, op.turn))),
             self.o.p.block_words.eq(op.block_words),
             self.o.p.scale_base.eq(op.scale_base),
             self.o.p.job.eq(self.job),
@@ -350,11 +350,18 @@ class Placer(wiring.Component):
                         m.next = "IDLE"
         return m
 
+    def _key_channel(self, slot, turn):
+        """Channel of a key: that of its lane, turned."""
+        config = self._config
+        turned = turn * (config.vector_lanes // config.lanes_per_channel)
+        return (slot // config.lanes_per_channel ^ turned) % config.channels
+
     def _bad_shape(self, op):
         bad_bits = (op.bits != 4) & (op.bits != 8)
         bad_head = op.head_size[:5].any() | (op.head_size == 0) | (op.head_size > HEAD_MAX)
         bad_row = (op.row % self._config.lanes_per_channel != 0) | (op.row >= self._config.lanes)
-        return bad_bits | bad_head | (op.values & bad_row) | (op.count == 0)
+        bad_turn = op.turn >= self._config.turns
+        return bad_bits | bad_head | Mux(op.values, bad_row, bad_turn) | (op.count == 0)
 
 
 class Emitter(wiring.Component):
@@ -456,17 +463,16 @@ class Emitter(wiring.Component):
         """Write `index` of a K vector: 0 is its scale record, the others its pieces by step and plane."""
         lanes = self._config.lanes_per_channel
         lane = at.slot % lanes
-        target = (at.slot // lanes) % self._config.channels
         piece = Signal(range(HEAD_MAX // STEP * 4))
         step = Signal(range(HEAD_MAX // STEP))
         m.d.comb += [piece.eq(index - 1), step.eq(Mux(at.eight, piece // 4, piece // 2))]
         bits = _plane(codes.word_select(step, 8 * STEP), Mux(at.eight, piece % 4, piece % 2))
         place = piece * lanes + lane
         with m.If(index == 0):
-            self._emit(m, target, at.word, record.replicate(WORD_BITS // 32), 0xF << (lane << 2))
+            self._emit(m, at.channel, at.word, record.replicate(WORD_BITS // 32), 0xF << (lane << 2))
         with m.Else():
             strobes = 0xFF << ((place % PIECES) << 3)
-            self._emit(m, target, at.word + 1 + place // PIECES, bits.replicate(PIECES), strobes)
+            self._emit(m, at.channel, at.word + 1 + place // PIECES, bits.replicate(PIECES), strobes)
 
     def _value(self, m, at, codes, group, part) -> None:
         """Word `part` of the tile on the channel at hand: two bits of each piece's byte change."""

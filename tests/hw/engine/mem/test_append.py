@@ -25,14 +25,14 @@ def set_bits(memory: bytearray, bit: int, width: int, value: int) -> None:
 class Case:
     """Random vectors for one op, the memories before, and what they must hold after."""
 
-    def __init__(self, config, bits, head_size, values, slot, count, row=0, seed=1):
+    def __init__(self, config, bits, head_size, values, slot, count, row=0, seed=1, turn=0):
         source = random.Random(seed)
         self.config, self.layout = config, KVLayout(config, bits, head_size, SLOTS)
         self.vectors = [[source.randrange(1 << bits) for _ in range(head_size)] for _ in range(count)]
         self.records = [(source.getrandbits(16), source.getrandbits(16)) for _ in range(count)]
         self.op = {
             "values": int(values), "addr": slot, "count": count, "bits": bits, "head_size": head_size, "base": 5,
-            "block_words": self.layout.value_block_words, "row": row, "scale_base": 0x1000,
+            "block_words": self.layout.value_block_words, "row": row, "scale_base": 0x1000, "turn": turn,
         }  # fmt: skip
 
     def beats(self):
@@ -63,14 +63,14 @@ class Case:
             if self.op["values"]:
                 aux[0x1000 + 4 * slot : 0x1000 + 4 * slot + 4] = record.to_bytes(4, "little")
             else:
-                change(self.layout.key_scale_position(slot), 32, record)
+                change(self.layout.key_scale_position(slot, self.op["turn"]), 32, record)
             for element, code in enumerate(codes):
                 for plane in range(self.op["bits"] // 2):
                     crumb = code >> 2 * plane & 3
                     if self.op["values"]:
                         position = self.layout.value_code_position(slot, self.op["row"] + element, plane)
                     else:
-                        position = self.layout.key_code_position(slot, element, plane)
+                        position = self.layout.key_code_position(slot, element, plane, self.op["turn"])
                     change(position, 2, crumb)
         for (channel, at), word in words.items():
             after[channel][at : at + 64] = word
@@ -139,7 +139,8 @@ def run(config, model, cases, pause=no_pause):
 @pytest.mark.parametrize("head_size", [32, 64])
 def test_keys_lie_where_the_layout_says(config, bits, head_size):
     cases = [
-        Case(config, bits, head_size, False, slot, n, seed=slot) for slot, n in ((0, 3), (37, 1), (127, 1))
+        Case(config, bits, head_size, False, slot, n, seed=slot, turn=turn % config.turns)
+        for turn, (slot, n) in enumerate(((0, 3), (37, 1), (37, 1), (127, 1)))
     ]
     run(config, MODELS[0], cases)
 
@@ -194,6 +195,7 @@ def test_keys_take_the_stated_cycles(bits, head_size, count):
         ({"count": 0}, {}, Error.SHAPE),
         ({"head_size": 32}, {}, Error.SHAPE),
         ({"values": 1, "row": 3}, {}, Error.SHAPE),
+        ({"turn": 1}, {}, Error.SHAPE),
         ({"values": 1, "scale_base": 6}, {}, Error.ADDRESS),
         ({"base": 1 << 20}, {}, Error.ADDRESS),
         ({"values": 1, "base": SIZE // 64 - 1}, {}, Error.ADDRESS),

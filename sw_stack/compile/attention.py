@@ -5,6 +5,8 @@ Keys of KV head h + 1 stream while the vector unit takes the softmax of head h; 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from golden.spec.engine import STEP, Codes, Op
 from sw_stack.compile.buffers import Block
 from sw_stack.compile.builder import Span
@@ -12,6 +14,8 @@ from sw_stack.compile.emitter import GROUPS_PER_WORD, Emitter
 from sw_stack.compile.program import R
 
 EVERY_SLOT = 0xFFFF
+SOFTMAXES_BEFORE_LATE = 2
+"""Softmaxes at most before the queries that are computed inside attention are rotated and quantised."""
 
 
 class AttentionEmitter(Emitter):
@@ -109,9 +113,11 @@ class AttentionEmitter(Emitter):
         fresh: int = 0,
     ) -> None:
         """`vectors` vectors from a head of one token on, `stride` words apart, into the append stream."""
+        addr = block.at(token, offset=head * self.head_words)
         self.builder.emit(
-            Op.KVQUANT, f"layer {layer} quantise {kind}", [block.span()],
-            addr=block.at(token, offset=head * self.head_words), stride=stride, count=self.model.head_size,
+            Op.KVQUANT, f"layer {layer} quantise {kind}",
+            [Span("vb", addr + v * stride, addr + v * stride + self.head_words) for v in range(vectors)],
+            addr=addr, stride=stride, count=self.model.head_size,
             vectors=vectors, bits=self.map.kv_layout.bits, fresh=fresh,
         )  # fmt: skip
 
@@ -127,22 +133,57 @@ class AttentionEmitter(Emitter):
         """Whether the extremes of the attention output are known when its last head is: one token's, in its place."""
         return self.tokens == 1 and not self._copies_values
 
-    def _attention(self, layer: int, first: int, count: int) -> None:
+    def _attention(self, layer: int, first: int, count: int, late: Sequence[range] = ()) -> None:
         """Attention of tokens [first, first + count) of the pass, block of KV heads by block: keys of the next softmax
-        stream while the vector unit works on this one."""
-        per_block, heads = self.map.kv_layout.heads_per_block, range(self.model.kv_heads)
-        together = self.at.softmax_heads
-        turns = [heads[i : i + together] for i in range(0, len(heads), together)]
+        stream while the vector unit works on this one.
+
+        `late`: heads whose queries are still to be computed. A piece of them streams behind each turn's scores, which
+        take the drain longer than the array; they are rotated and quantised between softmaxes, and only then do values
+        begin, since they collect their extremes, beside which only softmaxes may run.
+        """
+        per_block, turns, ahead = self.map.kv_layout.heads_per_block, self._turns, self.at.softmax_ahead
+        last = self._softmaxes_before(late[0].start) if late else 0
+        for n in range(ahead):
+            self._turn_scores(layer, n, first, count, late)
+        for n, turn in enumerate(turns):
+            if late and n == last:
+                self._turn_queries(layer, range(late[0].start, late[-1].stop))
+            self._turn_scores(layer, n + ahead, first, count, late)
+            # The last one takes each head as soon as its scores are there.
+            for part in [turn] if turn is not turns[-1] else [range(h, h + 1) for h in turn]:
+                self._softmax(layer, part, first, count, *divmod(part[0], per_block))
+            for done in turns[: n + 1] if n == last else [turn] if n > last else []:
+                if done[-1] % per_block == per_block - 1 or done is turns[-1]:
+                    block = done[0] // per_block
+                    self._values(layer, block, range(block * per_block, done[-1] + 1), first, count)
+
+    @property
+    def _turns(self) -> list[range]:
+        """KV heads of each softmax."""
+        heads, together = self.model.kv_heads, self.at.softmax_heads
+        return [range(i, min(i + together, heads)) for i in range(0, heads, together)]
+
+    def _softmaxes_before(self, late: int) -> int:
+        """Softmaxes in front of the rotation of late queries, of which head `late` is the first: while they run, the
+        queries are computed. Values wait as long, for whose probabilities there are places."""
         ahead = self.at.softmax_ahead
-        for head in (h for turn in turns[:ahead] for h in turn):
+        return min(SOFTMAXES_BEFORE_LATE, ahead, late // self.at.softmax_heads - ahead)
+
+    def _turn_scores(self, layer: int, turn: int, first: int, count: int, late: Sequence[range]) -> None:
+        """Scores of a softmax, if there is one more, and the queries that are computed behind them."""
+        for head in self._turns[turn] if turn < len(self._turns) else ():
             self._scores(layer, head, first, count)
-        for turn, following in zip(turns, [*turns[ahead:], *[range(0)] * ahead]):
-            for head in following:
-                self._scores(layer, head, first, count)
-            block, place = divmod(turn[0], per_block)
-            self._softmax(layer, turn, first, count, block, place)
-            if turn[-1] % per_block == per_block - 1 or turn[-1] == heads[-1]:
-                self._values(layer, block, range(block * per_block, turn[-1] + 1), first, count)
+        for heads in late[turn : turn + 1]:
+            self._query_product(layer, heads)
+
+    def _query_product(self, layer: int, heads: range) -> None:
+        """Queries of some KV heads."""
+        per_head = self.model.group * self.model.head_size
+        rows = range(heads.start * per_head, heads.stop * per_head)
+        self._product(
+            self.map.matrices[f"layers.{layer}.q"], self.at.q, f"layer {layer} q",
+            accumulate=int(self.model.biases), rows=rows,
+        )  # fmt: skip
 
     def _scores(self, layer: int, head: int, first: int, count: int) -> None:
         if self.tokens > 1:

@@ -14,7 +14,7 @@ from golden.spec.formats import ATTN_TILE
 from sw_stack.compile.builder import Span
 from sw_stack.pack.memory_map import MemoryMap
 
-SOFTMAX_AHEAD = 3
+SOFTMAX_AHEAD = 4
 """SOFTMAXes whose scores the array computes before it waits for the one at hand; 1 where their places are dear."""
 ACT_CODES = 64
 """A8 codes per word."""

@@ -8,6 +8,7 @@ quantisation behind it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from golden.spec import KVStrataError
@@ -17,6 +18,9 @@ from sw_stack.compile.builder import Instruction, Span
 from sw_stack.compile.emitter import Exponents
 from sw_stack.pack.memory_map import CHUNK_TOKENS, MemoryMap
 
+LATE_PIECES = 3
+"""Pieces of queries at most that are computed inside attention: more of them, and the vector unit, which rotates and
+quantises them between softmaxes, is what attention waits for."""
 PIECE_HEADS = 8
 """KV heads at most whose V is quantised at once: their scales are read back while the next are stored."""
 
@@ -87,22 +91,23 @@ class LayerEmitter(AttentionEmitter):
 
     def layer(self, layer: int) -> None:
         """One decoder layer on the residual stream; k and v are stored while what follows them is computed."""
-        self._until_attention(layer)
+        late = self._late_queries if self.tokens == 1 else []
+        self._until_attention(layer, late)
         for first in range(0, self.tokens, self.attention_tokens):
-            self._attention(layer, first, min(self.attention_tokens, self.tokens - first))
+            self._attention(layer, first, min(self.attention_tokens, self.tokens - first), late)
         self.after_attention(layer, fresh=int(self._collects))
 
     def share(self, layer: int) -> None:
         """Attention of one token over what the ring holds, exported for the rest to be added; q, k and v as well."""
-        self._until_attention(layer)
+        self._until_attention(layer, [])
         self.write_qkv(layer)
         self._attention(layer, 0, 1)
         self.write_share(layer)
 
-    def _until_attention(self, layer: int) -> None:
+    def _until_attention(self, layer: int, late: Sequence[range]) -> None:
         self._enter(layer)
         if self.tokens == 1:
-            self._projections(layer)
+            self._projections(layer, late)
         else:
             self._key(layer)
             self._append(layer, "k", range(self.model.kv_heads))
@@ -111,22 +116,26 @@ class LayerEmitter(AttentionEmitter):
             self._read_value_scales(layer, range(self.model.kv_heads))
             self._query(layer, range(self.model.kv_heads))
 
-    def _projections(self, layer: int) -> None:
-        """q, k and v of one token. V goes first, since it is the longest on its way to memory; while the array computes
-        what follows, the vector unit quantises it, then turns and quantises k, then the queries of every piece but the
-        last, which is short, since the first keys wait for it."""
-        self._value(layer)
-        self._key_product(layer)
-        for heads in self._query_pieces:
+    def _projections(self, layer: int, late: Sequence[range]) -> None:
+        """k, v and q of one token, but for `late` queries. V goes first, since it is the longest on its way to memory;
+        while the array computes what follows, the vector unit quantises it, then turns and quantises k, then the queries
+        of every piece but the last, which is short, since the first keys wait for it."""
+        pieces, halves = self._query_pieces(late), self._halves
+        for heads in halves:
+            self._value(layer, heads)
+        for heads in halves:
+            self._key_product(layer, heads)
+        for heads in pieces:
             self._query_product(layer, heads)
         for heads in self._pieces(-(-self.model.kv_heads // PIECE_HEADS)):
             self._append(layer, "v", heads)
             self._read_value_scales(layer, heads)
         if self.sinks:
             self._append_sinks(layer)
-        self._turn_key(layer)
-        self._append(layer, "k", range(self.model.kv_heads))
-        for heads in self._query_pieces:
+        for heads in halves:
+            self._turn_key(layer, heads)
+            self._append(layer, "k", heads)
+        for heads in pieces:
             self._turn_queries(layer, heads)
 
     def _pieces(self, most: int) -> list[range]:
@@ -136,12 +145,35 @@ class LayerEmitter(AttentionEmitter):
         return [range(i, min(i + size, heads)) for i in range(0, heads, size)]
 
     @property
-    def _query_pieces(self) -> list[range]:
-        """KV heads whose queries are computed together: whole row blocks each, the last piece as few as may be."""
-        heads, rows = self.model.kv_heads, self.model.group * self.model.head_size
-        tail = self._tail(heads, rows)
+    def _halves(self) -> list[range]:
+        """KV heads in two pieces of whole row blocks of k and v: the first half is quantised while the array computes the
+        second."""
+        heads = self.model.kv_heads
+        return _halves(heads, self._tail(heads, self.model.head_size))
+
+    def _query_pieces(self, late: Sequence[range]) -> list[range]:
+        """KV heads whose queries are computed together before attention: whole row blocks each. The last piece is short,
+        since the first keys wait for it, unless `late` queries and the first keys hide it."""
+        tail, heads = self._query_tail, late[0].start if late else self.model.kv_heads
+        if late:
+            return _halves(heads, tail)
         starts = [0, *(heads - n * tail for n in (4, 1) if 2 * n * tail <= heads), heads]
         return [range(i, j) for i, j in zip(starts, starts[1:])]
+
+    @property
+    def _late_queries(self) -> list[range]:
+        """KV heads whose queries are computed inside attention, a row block behind each turn's scores: as many pieces,
+        not more than half of all, as are there before they are rotated, which is before the first of them is scored."""
+        heads, tail = self.model.kv_heads, self._query_tail
+        for n in range(min(LATE_PIECES, heads // (2 * tail)), 0, -1):
+            before = self._softmaxes_before(heads - n * tail)
+            if before >= 0 and n <= before + self.at.softmax_ahead:
+                return [range(i, i + tail) for i in range(heads - n * tail, heads, tail)]
+        return []
+
+    @property
+    def _query_tail(self) -> int:
+        return self._tail(self.model.kv_heads, self.model.group * self.model.head_size)
 
     def _tail(self, parts: int, rows: int) -> int:
         """Fewest parts of so many rows that are whole row blocks and divide all of them; all, if none are."""
@@ -166,27 +198,29 @@ class LayerEmitter(AttentionEmitter):
         self._key_product(layer)
         self._turn_key(layer)
 
-    def _key_product(self, layer: int) -> None:
-        self._product(self.map.matrices[f"layers.{layer}.k"], self.at.k, f"layer {layer} k")
+    def _key_product(self, layer: int, heads: range | None = None) -> None:
+        """k of some KV heads, or of all."""
+        self._product(
+            self.map.matrices[f"layers.{layer}.k"], self.at.k, f"layer {layer} k", rows=self._kv_rows(heads)
+        )
 
-    def _turn_key(self, layer: int) -> None:
-        self._rope(self.at.k, self.at.k, 0, self.model.kv_heads, f"layer {layer} k")
+    def _turn_key(self, layer: int, heads: range | None = None) -> None:
+        first, count = (heads.start, len(heads)) if heads else (0, self.model.kv_heads)
+        self._rope(self.at.k, self.at.k, first, count, f"layer {layer} k")
 
-    def _value(self, layer: int) -> None:
-        self._product(self.map.matrices[f"layers.{layer}.v"], self.at.v, f"layer {layer} v")
+    def _value(self, layer: int, heads: range | None = None) -> None:
+        """v of some KV heads, or of all."""
+        self._product(
+            self.map.matrices[f"layers.{layer}.v"], self.at.v, f"layer {layer} v", rows=self._kv_rows(heads)
+        )
+
+    def _kv_rows(self, heads: range | None) -> range | None:
+        size = self.model.head_size
+        return range(heads.start * size, heads.stop * size) if heads else None
 
     def _query(self, layer: int, heads: range) -> None:
         self._query_product(layer, heads)
         self._turn(heads, f"layer {layer} q")
-
-    def _query_product(self, layer: int, heads: range) -> None:
-        """Queries of some KV heads."""
-        per_head = self.model.group * self.model.head_size
-        rows = range(heads.start * per_head, heads.stop * per_head)
-        self._product(
-            self.map.matrices[f"layers.{layer}.q"], self.at.q, f"layer {layer} q",
-            accumulate=int(self.model.biases), rows=rows,
-        )  # fmt: skip
 
     def after_attention(self, layer: int, fresh: int = 0) -> None:
         """Output projection and feed-forward network, from `mixed` on; `fresh`: its extremes were collected."""
@@ -218,3 +252,9 @@ class LayerEmitter(AttentionEmitter):
             accumulate=int(self.model.biases),
         )
         self._quantise(self.at.up, self.model.ffn, f"{name} down input", rectify=1)
+
+
+def _halves(heads: int, tail: int) -> list[range]:
+    """Heads in two ranges of whole tails, the second one not the longer."""
+    half = -(-heads // (2 * tail)) * tail
+    return [r for r in (range(half), range(half, heads)) if r]

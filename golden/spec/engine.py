@@ -71,7 +71,7 @@ class EngineConfig:
 
     @property
     def turns(self) -> int:
-        """Orders of a row block's groups of `vector_lanes` rows: with turn t, group g holds the rows of group g XOR t."""
+        """Orders of a row block's groups of `vector_lanes` rows: with turn t, group g is at group g XOR t's place."""
         groups = self.lanes // self.vector_lanes
         return min(groups & -groups, 1 << TURN_BITS)
 
@@ -386,7 +386,7 @@ FIELDS: dict[Op, tuple[tuple[str, int], ...]] = {
         ("follows", 1),  # one vector: take its codes as the QUANT that is `counted` writes them
         ("collect", 1),  # the results are one vector whose extremes a `fresh` NORM or QUANT finds
         ("joins", 1),  # with `collect`: they go on where the product before ended, and their extremes join
-        ("turn", TURN_BITS),  # group g of `vector_lanes` results of a row block is that of the rows of group g XOR turn
+        ("turn", TURN_BITS),  # group g of `vector_lanes` results of a row block: rows of group g XOR turn
     ),
     Op.NORM: (*_VECTOR, ("exponent", 6), ("epsilon", 48)),
     Op.QUANT: (

@@ -118,8 +118,8 @@ class LayerEmitter(AttentionEmitter):
 
     def _projections(self, layer: int, late: Sequence[range]) -> None:
         """k, v and q of one token, but for `late` queries. V goes first, since it is the longest on its way to memory;
-        while the array computes what follows, the vector unit quantises it, then turns and quantises k, then the queries
-        of every piece but the last, which is short, since the first keys wait for it."""
+        while the array computes what follows, the vector unit quantises it, then turns and quantises k, then the
+        queries of every piece but the last."""
         pieces, halves = self._query_pieces(late), self._halves
         for heads in halves:
             self._value(layer, heads)
@@ -146,13 +146,13 @@ class LayerEmitter(AttentionEmitter):
 
     @property
     def _halves(self) -> list[range]:
-        """KV heads in two pieces of whole row blocks of k and v: the first half is quantised while the array computes the
+        """KV heads in two pieces of whole row blocks of k and v: the first is quantised while the array computes the
         second."""
         heads = self.model.kv_heads
         return _halves(heads, self._tail(heads, self.model.head_size))
 
     def _query_pieces(self, late: Sequence[range]) -> list[range]:
-        """KV heads whose queries are computed together before attention: whole row blocks each. The last piece is short,
+        """KV heads whose queries are computed together before attention, in whole row blocks. The last piece is short,
         since the first keys wait for it, unless `late` queries and the first keys hide it."""
         tail, heads = self._query_tail, late[0].start if late else self.model.kv_heads
         if late:

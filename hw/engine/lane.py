@@ -67,12 +67,13 @@ class AddControl(data.Struct):
 
 
 class UpdateControl(data.Struct):
-    """Four cycles later: the accumulator to update."""
+    """Four cycles later: the accumulator to update; `reach` of `decay` and `first` is made once for all lanes."""
 
     valid: 1
     first: 1
     slot: 5
     decay: 6
+    reach: 2
 
 
 class Multipliers(enum.Enum):
@@ -179,17 +180,12 @@ class Lane(wiring.Component):
         m.submodules.accumulators = acc = TypedMemory(
             signed(wide), self._slots, read_ports=2, asynchronous_read=True, ram_style="distributed"
         )
-        old, decay = acc.r[0].data, self.update.decay
-        for unit in (1, 4):
-            places = [resize(old >> unit * n, wide) for n in range(4)]
-            old = one_of_four(m, f"decayed_{unit}", places, decay.bit_select(unit.bit_length() - 1, 2))
-        places = [resize(old >> 16 * n, wide) for n in range(4)]
-        old = one_of_four(m, "decayed_16", places, decay[4:])
+        old = decayed(m, acc.r[0].data, self.update)
         m.d.comb += [
             acc.r[0].addr.eq(self.update.slot),
             acc.w.addr.eq(self.update.slot),
             acc.w.en.eq(self.update.valid),
-            acc.w.data.eq(_add(change, old & (~self.update.first).replicate(wide), carry)),
+            acc.w.data.eq(_add(change, old, carry)),
             acc.r[1].addr.eq(self.drain),
             self.drained.eq(acc.r[1].data),
         ]
@@ -238,6 +234,28 @@ class Lane(wiring.Component):
             },
             {"mantissa": least.mantissa, "shift": least.shift, "sign": least.sign},
         )
+
+
+def reach(decay, first):
+    """What the upper bits of an accumulator become: 0 themselves, 1 those 16 places above, 2 the sign, 3 nothing."""
+    return Cat(first | (decay[4] & ~decay[5]), first | decay[5])
+
+
+def decayed(m, old, update):
+    """`old >> decay`, or 0 of a first update: two stages of a LUT a bit, and a third that the adder behind shares.
+
+    Of the 32 upper bits, 32 and 48 places leave the same: the sign. That makes room for nothing among the four that two
+    bits choose from, so that the LUT of the adder holds them all; the bits below have a stage of their own.
+    """
+    wide, low = len(old), len(old) - 32
+    for unit in (1, 4):
+        places = [resize(old >> unit * n, wide) for n in range(4)]
+        old = one_of_four(m, f"decayed_{unit}", places, update.decay.bit_select(unit.bit_length() - 1, 2))
+    places = [(old >> 16 * n)[:low] for n in range(4)]
+    below = one_of_four(m, "decayed_16", places, update.decay[4:]) & (~update.first).replicate(low)
+    near = Mux(update.reach[0], resize(old >> 16, wide), old)
+    far = old[-1].replicate(32) & (~update.reach[0]).replicate(32)
+    return Cat(below, Mux(update.reach[1], far, near[low:])).as_signed()
 
 
 def _add(a, b, carry):

@@ -31,6 +31,7 @@ from hw.engine.lane import (
     ScaleControl,
     UpdateControl,
     narrow,
+    reach,
 )
 from hw.lib.arith import thrice
 from hw.lib.memories import TypedMemory
@@ -352,6 +353,7 @@ class MatrixUnit(wiring.Component):
             add.addend.eq(side.addend),
             Value.cast(update).eq(Value.cast(now)),
             update.decay.eq(Mux(values, side.decay, 0)),
+            update.reach.eq(reach(update.decay, update.first)),
         ]
         delays = (("record", record, -2), ("control", control, 0), ("add", add, 2), ("update", update, 4))
         return (self._delayed(m, name, Value.cast(x), LanePair.latency + d) for name, x, d in delays)

@@ -193,6 +193,7 @@ def test_lane_scales_accumulates_and_rescales_exactly(multipliers):
             if update:
                 for name in ("first", "slot", "decay"):
                     ctx.set(dut.update[name], update[name])
+                ctx.set(dut.update.reach, 3 if update["first"] else min(update["decay"] >> 4, 2))
             await ctx.tick()
         ctx.set(dut.update.valid, 0)
         for slot, value in model.items():

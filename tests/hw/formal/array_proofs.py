@@ -1,12 +1,15 @@
-"""What a multiplier gets from its selects and from the pre-adder, against the numbers that the packings name."""
+"""What a multiplier gets from its selects and from the pre-adder, against the numbers that the packings name; and what
+an accumulator keeps of its value, against a shift."""
 
 from itertools import combinations
 
-from amaranth import Array, Assert, Assume, Cat, Const, Module, Mux, Signal
+from amaranth import Array, Assert, Assume, Cat, Const, Module, Mux, Signal, signed
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In
 
+from golden.spec.formats import ATTN_ACC_BITS
 from hw.engine.array import FIELD, PAIR_FIELD, Operands, _selects, shared_operand
+from hw.engine.lane import UpdateControl, decayed, reach
 
 KEPT = [*combinations(range(4), 2), (0, 0), (0, 0)]
 """Positions that patterns 0 to 5 keep; 6 and 7 are none."""
@@ -54,5 +57,24 @@ class OperandProof(wiring.Component):
             y.eq(Mux(self.sparse, sparse_y, self.dense.as_signed())),
             Assert(o.selected(m) == x),
             Assert((shared + Mux(self.sparse, codes, Const(0, FIELD)))[:FIELD] == y),
+        ]
+        return m
+
+
+class DecayProof(wiring.Component):
+    """An accumulator's old value, for every shift: its three stages leave `old >> decay`, or 0 of a first update."""
+
+    def __init__(self, reach=reach):
+        self._reach = reach
+        super().__init__({"old": In(signed(ATTN_ACC_BITS)), "decay": In(6), "first": In(1)})
+
+    def elaborate(self, platform):
+        m = Module()
+        update = Signal(UpdateControl)
+        m.d.comb += [
+            update.decay.eq(self.decay),
+            update.first.eq(self.first),
+            update.reach.eq(self._reach(self.decay, self.first)),
+            Assert(decayed(m, self.old, update) == Mux(self.first, 0, self.old >> self.decay)),
         ]
         return m

@@ -112,11 +112,10 @@ def roofline(
     if drive_gb_per_s:
         axes.plot(intensity, [i * drive_gb_per_s / 1e3 for i in intensity], "--", label="drive flash")
     for name, (x, y) in points.items():
-        axes.plot([x], [y], "o")
-        axes.annotate(name, (x, y), textcoords="offset points", xytext=(5, 5), fontsize="small")
+        axes.plot([x], [y], "o", label=name)
     axes.set(xlabel="operational intensity (FLOP/byte)", ylabel="TFLOP/s", yscale="log")
     powers_of_two(axes)
-    axes.legend()
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize="small")
     return figure
 
 

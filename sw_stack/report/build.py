@@ -215,7 +215,7 @@ def _context(summary: Mapping[str, Any], figures: Mapping[str, str]) -> dict[str
             "refused": refused,
             "compared_batch": system.COMPARED_BATCH,
         },
-        "calibration": "; ".join(summary["rtl"]["calibration"]) or "committed tables in sim/calibration/",
+        "calibration": "; ".join(summary["rtl"]["calibration"]) or "none",
         "assumptions": summary["system"]["assumptions"],
         "provenance": [{"what": key, "value": value} for key, value in summary["provenance"].items()],
         "figures": figures,

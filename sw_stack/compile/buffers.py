@@ -15,7 +15,8 @@ from sw_stack.compile.builder import Span
 from sw_stack.pack.memory_map import MemoryMap
 
 SOFTMAX_AHEAD = 4
-"""SOFTMAXes whose scores the array computes before it waits for the one at hand; 1 where their places are dear."""
+"""SOFTMAXes at most whose scores the array computes before it waits for the one at hand: as many as have places for
+scores and for scales."""
 ACT_CODES = 64
 """A8 codes per word."""
 
@@ -94,8 +95,9 @@ class Buffers:
         if model.gated:
             self.gate = vb.block("gate", memory_map.row_words(model.ffn), tokens, bank=2)
         score_words = memory_map.score_words * self.queries * self.softmax_heads
-        small = (SOFTMAX_AHEAD + 1) * score_words <= engine.vb_words // VB_BANKS // 4
-        self.softmax_ahead = SOFTMAX_AHEAD if tokens == 1 and small else 1
+        scales = engine.table_entries - model.heads * (2 if memory_map.sink_slots else 1) - 1
+        places = min(engine.vb_words // VB_BANKS // 4 // score_words, scales // (self.queries * per_block))
+        self.softmax_ahead = max(1, min(SOFTMAX_AHEAD, places - 1)) if tokens == 1 else 1
         turns = self.softmax_ahead + 1
         probabilities = self.queries * per_block
         self.scores = vb.block(

@@ -21,6 +21,8 @@ from sw_stack.pack.memory_map import CHUNK_TOKENS, MemoryMap
 LATE_PIECES = 3
 """Pieces of queries at most that are computed inside attention: more of them, and the vector unit, which rotates and
 quantises them between softmaxes, is what attention waits for."""
+LATE_SHARE = 8
+"""Part of the heads at most in such a piece."""
 PIECE_HEADS = 8
 """KV heads at most whose V is quantised at once: their scales are read back while the next are stored."""
 
@@ -162,10 +164,10 @@ class LayerEmitter(AttentionEmitter):
 
     @property
     def _late_queries(self) -> list[range]:
-        """KV heads whose queries are computed inside attention, a row block behind each turn's scores: as many pieces,
-        not more than half of all, as are there before they are rotated, which is before the first of them is scored."""
+        """KV heads whose queries are computed inside attention, a row block behind each turn's scores: as many pieces
+        as are there before they are rotated, which is before the first of them is scored; none of long pieces."""
         heads, tail = self.model.kv_heads, self._query_tail
-        for n in range(min(LATE_PIECES, heads // (2 * tail)), 0, -1):
+        for n in range(LATE_PIECES if LATE_SHARE * tail <= heads else 0, 0, -1):
             before = self._softmaxes_before(heads - n * tail)
             if before >= 0 and n <= before + self.at.softmax_ahead:
                 return [range(i, i + tail) for i in range(heads - n * tail, heads, tail)]

@@ -20,16 +20,23 @@ from pathlib import Path
 from typing import Any
 
 from golden.spec import SPEC_VERSION, KVStrataError
+from golden.spec.engine import U280, KVLayout
 from golden.storage.batch import UnitTimes
 
 CALIBRATION = Path(__file__).resolve().parent / "calibration"
 ROW_FIELDS = ("name", "cycles", "bound_cycles", "bytes")
 LAYER_BLOCK = "engine_layer"
-LAYER_TERMS = ("scores", "shared_scores", "kv_heads", "hidden", "layer")
-"""What a layer's cycles beyond its weights grow with: (query head, token) pairs, those of them that come without words
-of their own since another query of the group reads the key, KV heads whose vectors are appended, hidden size (norms,
+LAYER_TERMS = ("kv_words", "drained", "kv_heads", "hidden", "layer")
+"""What a layer's cycles beyond its weights grow with: words per channel of keys and values, cycles that scores take the
+drain beyond those words (the queries of a group share them), KV heads whose vectors are appended, hidden size (norms,
 RoPE, residuals), and what starts once."""
 ON_RTL = "measured on RTL"
+
+
+def cached_token_terms(heads: int, kv_heads: int, head_size: int) -> dict[str, float]:
+    """ "kv_words" and "drained" of one cached token of a layer on `u280`, whose drain takes a vector word a cycle."""
+    words = kv_heads * KVLayout(U280, 4, head_size, U280.lanes).words_per_token
+    return {"kv_words": words, "drained": max(0.0, heads / U280.vector_lanes - words)}
 
 
 class CalibrationError(KVStrataError):

@@ -268,6 +268,12 @@ class KVLayout:
         """Words per channel of the values of one head group."""
         return self.value_blocks * self.value_block_words
 
+    @property
+    def words_per_token(self) -> float:
+        """Words per channel of a token's key and value of one KV head, of whole row blocks and tiles."""
+        values = self.value_words / (self.heads_per_block * self.slots)
+        return self.key_block_words / self.config.lanes + values
+
     def _key_lane(self, slot: int, turn: int) -> int:
         return slot % self.config.lanes ^ turn * self.config.vector_lanes
 

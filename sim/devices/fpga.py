@@ -1,8 +1,8 @@
 """The FPGA engine and its HBM: bytes per format from the spec, rates with the limit that binds, measured cycles.
 
 A decoder layer of the RTL engine takes the time of its weights at the memory's rate and what `measured.fit_layer`
-found beside that: cycles per attended score, per KV head appended, per hidden element and once. Published engines are
-the bare rate.
+found beside that: cycles per word of cached keys and values, per KV head appended, per hidden element and once.
+Published engines are the bare rate.
 """
 
 from __future__ import annotations
@@ -93,7 +93,8 @@ def attention_s(fpga: Fpga, model: Model, tokens: float) -> float:
     if fpga.engine == "published":
         return 0.0
     per = measured.fit_layer(fpga.weight_format).per
-    each = per["scores"] * model.heads + per["shared_scores"] * (model.heads - model.kv_heads)
+    terms = measured.cached_token_terms(model.heads, model.kv_heads, model.head_size)
+    each = sum(per[term] * amount for term, amount in terms.items())
     return tokens * each / (fpga.clock_mhz * 1e6)
 
 

@@ -199,6 +199,7 @@ def _layer_rows() -> Iterable[dict[str, Any]]:
     from golden.spec.engine import STEP, U280, WORD_BYTES
     from golden.spec.formats import WEIGHT_FORMATS
     from golden.spec.memory import MemoryModel
+    from sim.measured import cached_token_terms
     from sw_stack.compile.memory import MemoryTiming
     from sw_stack.rtl.layer import predict
 
@@ -207,6 +208,7 @@ def _layer_rows() -> Iterable[dict[str, Any]]:
     rate = port * timing.words_per_cycle
     for name, (hidden, heads, kv_heads, head_size, ffn) in LAYER_SHAPES.items():
         weights = 2 * hidden * head_size * (heads + kv_heads) + 3 * hidden * ffn
+        per_token = cached_token_terms(heads, kv_heads, head_size)
         for fmt in WEIGHT_FORMATS.values():
             size = weights * fmt.bits_per_weight / 8
             macs = weights * (0.5 if fmt.sparse24 else 1.0) / (U280.lanes * STEP)
@@ -224,8 +226,7 @@ def _layer_rows() -> Iterable[dict[str, Any]]:
                     "bound_cycles": found.layer_words / timing.bus_words_per_cycle,
                     "bytes": found.layer_words * port,
                     "weight_cycles": max(size / rate, macs),
-                    "scores": heads * context,
-                    "shared_scores": (heads - kv_heads) * context,
+                    **{term: amount * context for term, amount in per_token.items()},
                     "kv_heads": kv_heads,
                     "hidden": hidden,
                 }

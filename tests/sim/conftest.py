@@ -6,6 +6,7 @@ import json
 import pytest
 
 from sim import measured
+from sim.measured import cached_token_terms
 
 
 def table(block, slope, fixed, clock_mhz=285.0):
@@ -17,7 +18,7 @@ def table(block, slope, fixed, clock_mhz=285.0):
     return {"spec_version": "1", "block": block, "config": "test", "clock_mhz": clock_mhz, "rows": rows}
 
 
-LAYER = {"scores": 0.1, "shared_scores": 0.05, "kv_heads": 100.0, "hidden": 1.0, "layer": 900.0}
+LAYER = {"kv_words": 1.5, "drained": 2.0, "kv_heads": 100.0, "hidden": 1.0, "layer": 900.0}
 """Cycles of the made-up layers beside those of their weights."""
 
 
@@ -34,7 +35,8 @@ def layers():
     rows = []
     for weights, bits in (("w8", 8.5), ("w4", 5.0), ("w2", 2.5), ("w2s24", 1.875)):
         for hidden, heads, kv_heads, context in shapes:
-            terms = {"scores": heads * context, "shared_scores": (heads - kv_heads) * context}
+            per_token = cached_token_terms(heads, kv_heads, hidden // heads)
+            terms = {term: amount * context for term, amount in per_token.items()}
             terms |= {"kv_heads": kv_heads, "hidden": hidden}
             stream = 12 * hidden**2 * bits / 8 / 1908
             cycles = stream + LAYER["layer"] + sum(LAYER[name] * value for name, value in terms.items())

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from sim import measured
-from sim.measured import CALIBRATION, CalibrationError, fit, fit_layer, unit_times
+from sim.measured import CALIBRATION, CalibrationError, cached_token_terms, fit, fit_layer, unit_times
 
 
 def test_the_fit_recovers_slope_and_fixed_cycles(calibration):
@@ -72,7 +72,7 @@ def test_a_layer_of_the_engine_costs_what_was_measured_beside_its_weights(calibr
     from sim.describe.workload import Workload
 
     found = fit_layer("w2s24")
-    made_up = {"scores": 0.1, "shared_scores": 0.05, "kv_heads": 100.0, "hidden": 1.0, "layer": 900.0}
+    made_up = {"kv_words": 1.5, "drained": 2.0, "kv_heads": 100.0, "hidden": 1.0, "layer": 900.0}
     assert found.per == pytest.approx(made_up)
     assert found.worst_residual < 1e-9
     small = simulate("u280", "llama-2-7b", "fpga", Workload(batch=1, input_tokens=64, output_tokens=4))
@@ -80,8 +80,8 @@ def test_a_layer_of_the_engine_costs_what_was_measured_beside_its_weights(calibr
         "u280", "llama-2-7b", "fpga", Workload(batch=1, input_tokens=64, output_tokens=4),
         overrides={"fpga.engine": "published"},
     )  # fmt: skip
-    # 64 to 67 cached tokens, whose scores take longer than their bytes; the head at 1.01 of its bytes and 60 cycles.
-    beside = 900 + 32 * 100 + 4096 + 0.1 * 32 * 65.5
+    # 64 to 67 cached tokens, whose words take longer than their bytes; the head at 1.01 of its bytes and 60 cycles.
+    beside = 900 + 32 * 100 + 4096 + 1.5 * 65.5 * cached_token_terms(32, 32, 128)["kv_words"]
     more = (small.time_per_output_token_s - ideal.time_per_output_token_s) * 225e6 / 32
     assert 0 <= beside - more < 0.05 * beside
     named = [a["device"] for a in small.assumptions if a["device"].startswith("rtl/")]
@@ -94,7 +94,7 @@ def test_a_layer_of_the_engine_costs_what_was_measured_beside_its_weights(calibr
     ("change", "message"),
     [
         (lambda t: t["rows"].clear(), "no decoder layer of w4 weights .*run `make calibrate`"),
-        (lambda t: t["rows"][6].pop("scores"), "row 4096 lacks scores: run `make calibrate`"),
+        (lambda t: t["rows"][6].pop("drained"), "row 4096 lacks drained: run `make calibrate`"),
         (lambda t: t["rows"].__delitem__(slice(7, 24)), "needs more than 5 layers, got 1: run"),
     ],
 )
@@ -104,6 +104,14 @@ def test_layer_tables_that_cannot_be_used_are_refused(calibration, layer_table, 
     (calibration / "layer.json").write_text(json.dumps(table))
     with pytest.raises(CalibrationError, match=message):
         fit_layer("w4")
+
+
+def test_queries_that_share_keys_take_the_drain_longer_than_the_words():
+    one, four = cached_token_terms(32, 32, 128), cached_token_terms(32, 8, 128)
+    assert one == {"kv_words": pytest.approx(32 * (9 + 8) / 256), "drained": 0}
+    assert four["kv_words"] == one["kv_words"] / 4
+    assert four["drained"] == pytest.approx(32 / 16 - 8 * 17 / 256)
+    assert cached_token_terms(9, 3, 64)["kv_words"] == pytest.approx(3 * (5 + 4) / 256)
 
 
 def test_no_term_of_a_layer_is_below_zero(calibration, layer_table):

@@ -133,6 +133,11 @@ FAULTS = {
         Error.ADDRESS,
     ),
     "scales": (encode(Op.MATRIX, count=1, steps=1, group_steps=1, vectors=2, table=63), Error.ADDRESS),
+    "turned too far": (
+        encode(Op.MATRIX, count=1, steps=1, group_steps=1, vectors=1, turn=TINY.turns),
+        Error.SHAPE,
+    ),
+    "keys turned too far": (encode(Op.APPEND_K, count=1, bits=4, head_size=32, turn=TINY.turns), Error.SHAPE),
     "load past the channel": (encode(Op.LOAD, addr=(1 << 28) // 64 - 1, count=2, runs=1), Error.ADDRESS),
     "empty load": (encode(Op.LOAD, addr=0, count=0, runs=1), Error.SHAPE),
     "unaligned read": (encode(Op.READ, **{**READ, "addr": 4}), Error.ADDRESS),

@@ -80,7 +80,7 @@ class Multipliers(enum.Enum):
     """Where a lane's two products are made: the device has fewer DSPs to spare than lanes have products."""
 
     INFERRED = 0
-    """Written as products, for simulation."""
+    """Whole numbers in products and one shift, as a simulator computes them fastest: the same accumulators."""
     SCALE_IN_DSP = 1
     """The minimum's product in LUTs."""
     LUTS = 2
@@ -90,6 +90,8 @@ class Multipliers(enum.Enum):
 FINE = 2
 """Low bits of a scale's shift, applied to the mantissa in front of the multiplier, which has room for it."""
 MANTISSA_BITS = 11
+WHOLE = 64
+"""A simulator's word."""
 FACTOR_BITS = MANTISSA_BITS + (1 << FINE) - 1
 BEYOND = 5
 """Bit of a tile's shift that says 32 or more: the mantissa of a tile is then 16 instead of 1."""
@@ -132,6 +134,9 @@ class Lane(wiring.Component):
     def elaborate(self, platform):
         m = Module()
         pipe = Pipe(m)
+        if self._multipliers is Multipliers.INFERRED:
+            self._whole_numbers(m, pipe)
+            return m
         scale, least = self._records(m, pipe)
         product = pipe.reg(self._product(m, scale["factor"]), "product")
         shifted = self._left(m, "scaled", product, 4, self._delayed(m, "coarse_low", scale["coarse"][:2], 2))
@@ -141,8 +146,28 @@ class Lane(wiring.Component):
         negative = self._delayed(m, "negative", scale["sign"], 3)
         term = Mux(high, shift_left(scaled, 16), scaled)[:ATTN_ACC_BITS] ^ negative.replicate(ATTN_ACC_BITS)
         change = pipe.reg(_add(addend, term, negative), "change")
-        self._accumulate(m, change, pipe.reg(completed, "completed"))
+        completed = pipe.reg(completed, "completed")
+        old, new = self._accumulators(m)
+        m.d.comb += new.eq(_add(change, decayed(m, old, self.update), completed))
         return m
+
+    def _whole_numbers(self, m, pipe):
+        """The same, cycle by cycle, modulo 2**64: both terms at once, and registers behind them."""
+        records = Signal(32, reset_less=True)
+        with m.If(self.load):
+            m.d.sync += records.eq(Cat(self.scale, self.minimum))
+        late = pipe.reg(records, "late", LanePair.latency - 2)
+        scale, least = _whole(late[:16]), _whole(late[16:])
+        values = self.record.values
+        factor = pipe.reg(Mux(values, Const(1, 1) << self.record.shift, scale), "factor", 2)
+        least = pipe.reg(Mux(values, 0, least), "least", 2)
+        dot, total = (resize(x, WHOLE).as_unsigned() for x in (self.dot, self.control.sum))
+        terms = ((dot * factor)[:WHOLE] + (total * least)[:WHOLE])[:WHOLE]
+        addend = resize(self.add.addend, WHOLE).as_unsigned() & self.add.values.replicate(WHOLE)
+        change = pipe.reg((pipe.reg(terms, "terms", 2) + addend)[:WHOLE], "change", 2)
+        old, new = self._accumulators(m)
+        kept = (old >> self.update.decay).as_unsigned() & (~self.update.first).replicate(ATTN_ACC_BITS)
+        m.d.comb += new.eq((kept + change)[:ATTN_ACC_BITS])
 
     @staticmethod
     def _delayed(m, name, value, cycles):
@@ -165,7 +190,8 @@ class Lane(wiring.Component):
         """The minimum's term or the tile's addend, and the carry that a negative minimum still needs."""
         shift = self._delayed(m, "least_shift", least["shift"], 2)
         negative = self._delayed(m, "least_negative", least["sign"], 2)
-        product = pipe.reg(self._least(m, least["mantissa"]), "least")
+        product = digit_product(m, "least", self.control.sum, self.control.thrice, least["mantissa"])
+        product = pipe.reg(product, "least")
         fine = self._left(m, "least", product, 1, shift[:2])
         coarse = self._left(m, "least", fine, 4, shift[2:4])
         wide = Mux(shift[4], shift_left(coarse, 16), coarse)[:ATTN_ACC_BITS] ^ negative.replicate(
@@ -175,30 +201,24 @@ class Lane(wiring.Component):
         addend = Mux(values, resize(self.add.addend, ATTN_ACC_BITS), wide)[:ATTN_ACC_BITS].as_signed()
         return pipe.reg(addend, "addend"), pipe.reg(negative & ~values, "least_completed")
 
-    def _accumulate(self, m, change, carry):
-        wide = ATTN_ACC_BITS
+    def _accumulators(self, m):
+        """The accumulator to update, and what to set for its new value."""
         m.submodules.accumulators = acc = TypedMemory(
-            signed(wide), self._slots, read_ports=2, asynchronous_read=True, ram_style="distributed"
+            signed(ATTN_ACC_BITS), self._slots, read_ports=2, asynchronous_read=True, ram_style="distributed"
         )
-        old = decayed(m, acc.r[0].data, self.update)
         m.d.comb += [
             acc.r[0].addr.eq(self.update.slot),
             acc.w.addr.eq(self.update.slot),
             acc.w.en.eq(self.update.valid),
-            acc.w.data.eq(_add(change, old, carry)),
             acc.r[1].addr.eq(self.drain),
             self.drained.eq(acc.r[1].data),
         ]
+        return acc.r[0].data, acc.w.data
 
     def _product(self, m, factor):
         if self._multipliers is Multipliers.LUTS:
             return digit_product(m, "product", self.dot, thrice(self.dot), factor)
         return Pipe(m).reg(self.dot * factor, "multiplied")
-
-    def _least(self, m, mantissa):
-        if self._multipliers is Multipliers.INFERRED:
-            return Pipe(m).reg(self.control.sum * mantissa, "least_multiplied")
-        return digit_product(m, "least", self.control.sum, self.control.thrice, mantissa)
 
     def _records(self, m, pipe):
         """The step's records as factor and shift, delayed as its codes are; a tile of values has its own shift."""
@@ -234,6 +254,15 @@ class Lane(wiring.Component):
             },
             {"mantissa": least.mantissa, "shift": least.shift, "sign": least.sign},
         )
+
+
+def _whole(bits):
+    """A binary16 record in units of 2**-24, as a simulator's word."""
+    half = data.View(Half, bits)
+    normal = half.exponent != 0
+    shift = (half.exponent - normal)[:5]
+    magnitude = resize(Cat(half.fraction, normal) << shift, WHOLE)
+    return ((magnitude ^ half.sign.replicate(WHOLE)) + half.sign)[:WHOLE]
 
 
 def reach(decay, first):

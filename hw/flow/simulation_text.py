@@ -28,7 +28,7 @@ _PROCESS = re.compile(
     rf"^  always @\* begin\n    if \(\\\$auto\S+ \) begin end\n((    {_TEMPORARY} ) = .*;\n(?:    .*\n)*)  end\n",
     re.M,
 )
-_REGISTER = re.compile(rf"^  always @\(posedge clk\)\n    (\\?\S+) ?<= ({_TEMPORARY}) ;\n", re.M)
+_REGISTER = re.compile(rf"^  always @\(posedge clk\)\n    (\\?\S+) *<= ({_TEMPORARY}) ;\n", re.M)
 _OPERAND = r"(?:\$signed\()?(?:\\?[^\s(){}+*&|-]+ ?(?:\[\d+(?::\d+)?\])?|\{ [^{}]* \})\)?"
 _MODULAR = re.compile(rf"{_OPERAND} +([+*&|-]) +{_OPERAND} ?|\({_OPERAND} +& +\S+\) << \d+")
 _PLACE = re.compile(rf"(\\?[^\s\[\]{{}}]+) +>> +({_TEMPORARY}) ")

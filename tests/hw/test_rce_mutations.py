@@ -108,4 +108,4 @@ def test_swapped_positions_of_a_pattern_are_noticed(monkeypatch):
 def test_a_wrong_subnormal_scale_is_noticed(monkeypatch):
     monkeypatch.setattr(lane, "half_shift", lambda half: (half.exponent - 1)[:5])
     with pytest.raises(AssertionError):
-        test_rce.test_lane_scales_accumulates_and_rescales_exactly(lane.Multipliers.INFERRED)
+        test_rce.test_lane_scales_accumulates_and_rescales_exactly(lane.Multipliers.LUTS)

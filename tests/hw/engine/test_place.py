@@ -3,7 +3,7 @@
 import pytest
 
 from hw.engine.drain import ScaleLane
-from hw.engine.lane import Lane
+from hw.engine.lane import Lane, Multipliers
 from hw.flow.synth import place_and_route_ecp5
 
 pytestmark = pytest.mark.slow
@@ -13,7 +13,8 @@ FMAX_MHZ = 80
 
 
 @pytest.mark.parametrize(
-    ("name", "make"), [("output_scale", ScaleLane), ("lane_of_two_vectors", lambda: Lane(2))]
+    ("name", "make"),
+    [("output_scale", ScaleLane), ("lane_of_two_vectors", lambda: Lane(2, Multipliers.SCALE_IN_DSP))],
 )
 def test_a_piece_of_the_array_closes_on_ecp5(name, make):
     placed = place_and_route_ecp5(make(), name, size="25k")

@@ -145,14 +145,15 @@ def test_a_place_that_can_reach_beyond_the_word_stays_a_shift():
     assert simulation_text.index_words(beyond) == beyond
 
 
-def test_only_a_next_state_that_nothing_else_reads_is_clocked():
-    process = ["reg \\$1 ;", "always @(posedge clk)", "  q <= \\$1 ;", "always @* begin",
-               "  if (\\$auto$verilog_backend.cc:1:dump_module$1 ) begin end", "  \\$1  = q;", "  if (en) begin",
+@pytest.mark.parametrize("q", ["q", "\\port.q ", "\\q$2 "])
+def test_only_a_next_state_that_nothing_else_reads_is_clocked(q):
+    process = ["reg \\$1 ;", "always @(posedge clk)", f"  {q} <= \\$1 ;", "always @* begin",
+               "  if (\\$auto$verilog_backend.cc:1:dump_module$1 ) begin end", f"  \\$1  = {q};", "  if (en) begin",
                "    \\$1  = d;", "  end", "  if (rst) begin", "    \\$1  = 1'h0;", "  end", "end"]  # fmt: skip
     after = simulation_text.clock_next_states(module(*process))
     assert after == module(
-        "always @(posedge clk) begin", "  if (rst) begin", "    q  <= 1'h0;", "  end else begin", "    if (en) begin",
-        "      q  <= d;", "    end", "  end", "end",
+        "always @(posedge clk) begin", "  if (rst) begin", f"    {q.strip()}  <= 1'h0;", "  end else begin",
+        "    if (en) begin", f"      {q.strip()}  <= d;", "    end", "  end", "end",
     )  # fmt: skip
     read = module(*process, "assign o = \\$1 ;")
     assert simulation_text.clock_next_states(read) == read

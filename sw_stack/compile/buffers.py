@@ -115,7 +115,7 @@ class Buffers:
             self.gated = vb.block("the gated product", model.ffn // lanes, tokens, bank=0)
         if model.biases:
             self.bias = vb.block("a bias of the residual stream", hidden, 1, bank=3)
-        self.norm = vb.block("norm weights", hidden, 2, bank=1)
+        self.norm = vb.block("norm weights", hidden, 2, bank=3)
         if model.rotates:
             self.rope = vb.block("RoPE rows", head, tokens, bank=3)
         self.zeros = vb.block("zeros", model.group * head, 1, bank=3)

@@ -258,7 +258,7 @@ class Placer(wiring.Component):
         op, slot, left = Signal(AppendOp), Signal(16), Signal(8)
         word, end, first = Signal(ADDR_BITS), Signal(ADDR_BITS + 1), Signal(ADDR_BITS)
         channel, groups = Signal(range(config.channels)), Signal(8)
-        span, mask, channels_done = Signal(9), Signal(config.channels), Signal(config.channels)
+        span, channels_done = Signal(9), Signal(config.channels)
         eight, steps = op.bits == 8, op.head_size // STEP
         # Registered once per op or vector, so that no sum or product is chained behind another.
         key_words, tile, blocks_in, offset = Signal(8), Signal(ADDR_BITS), Signal(16), Signal(ADDR_BITS)
@@ -268,7 +268,7 @@ class Placer(wiring.Component):
             self.byte.eq(slot[2:5]),
             self.block.start.eq(word),
             self.block.end.eq(end),
-            self.block.mask.eq(mask),
+            self.block.mask.eq(Cat((channel <= c) & (c - channel < groups) for c in range(config.channels))),
             self.extent.start.eq(first),
             self.extent.end.eq(end),
             self.extent.mask.eq(Mux(op.values, channels_done, ~0)),
@@ -318,8 +318,7 @@ class Placer(wiring.Component):
                 m.d.sync += [word.eq(at), first.eq(at)]
                 m.next = "END"
             with m.State("END"):
-                here = [(channel <= c) & (c - channel < groups) for c in range(config.channels)]
-                m.d.sync += [end.eq(word + span), mask.eq(Cat(here))]
+                m.d.sync += end.eq(word + span)
                 m.next = "COMPARE"
             with m.State("COMPARE"):
                 m.d.sync += beyond.eq(end > self._channel_words)

@@ -102,11 +102,10 @@ class WordWriter(wiring.Component):
 class TileReader(wiring.Component):
     """Reads the same `words` words from every channel in `mask` and queues of each piece the one byte that changes.
 
-    One address serves all: the next word is asked for when every channel has taken the one before. `go` transfers a
-    request with `ready`, as soon as the one before is on its way, or, for another `byte`, answered. `here[c]`: channel
-    c has a word; `old[c]` shows that byte of its eight pieces, and `pop[c]` takes it. `rows` words of a channel at most
-    may be asked for and not taken. `bad` pulses on an answer that is not OKAY. Words are read singly, since a tile may
-    start anywhere and a burst must not cross 4 KB. `flush`, held until `quiet`, drops answers.
+    `go` transfers a request with `ready`, as soon as the one before is on its way, or, for another `byte`, answered.
+    `here[c]`: channel c has a word; `old[c]` shows that byte of its eight pieces, and `pop[c]` takes it. `rows` words
+    of a channel at most may be asked for and not taken. `bad` pulses on an answer that is not OKAY. Words are read
+    singly, since a tile may start anywhere and a burst must not cross 4 KB. `flush`, held until `quiet`, drops answers.
     """
 
     def __init__(self, channels: int, rows: int):
@@ -131,33 +130,35 @@ class TileReader(wiring.Component):
 
     def elaborate(self, platform):
         m = Module()
-        asking, wanted, waiting = (Signal(self._channels, name=n) for n in ("asking", "wanted", "waiting"))
-        address, byte = Signal(ADDR_BITS), Signal(range(PIECES))
-        words = Signal(range(TILE_WORDS + 1), init=1)  # left, the one at hand included
+        asking, waiting = Signal(self._channels), Signal(self._channels)
+        address, words, byte = Signal(ADDR_BITS), Signal(range(TILE_WORDS + 1)), Signal(range(PIECES))
         m.d.comb += [
             self.quiet.eq(~asking.any() & ~waiting.any()),
             self.ready.eq(~asking.any() & (self.quiet | (byte == self.byte))),
             self.bad.eq(Cat(port.rvalid & (port.rresp != OKAY) for port in self.axi).any()),
         ]
-        left = asking & ~Cat(port.arready for port in self.axi)
-        m.d.sync += asking.eq(left)
-        with m.If(self.go & self.ready):
+        starts = self.go & self.ready
+        with m.If(starts):
             m.d.sync += [address.eq(self.addr), words.eq(self.words), byte.eq(self.byte)]
-            m.d.sync += [asking.eq(self.mask), wanted.eq(self.mask)]
-        with m.Elif(~left.any() & (words != 1)):
-            m.d.sync += [address.eq(address + WORD_BYTES), words.eq(words - 1), asking.eq(wanted)]
         for n, port in enumerate(self.axi):
-            due = Signal(range(self._rows + 1), name=f"due_{n}")
+            asked, due = (
+                Signal(range(TILE_WORDS + 1), name=f"asked_{n}"),
+                Signal(range(self._rows + 1), name=f"due_{n}"),
+            )
             m.d.comb += [
-                port.araddr.eq(address),
+                port.araddr.eq(address + (asked << WORD_SIZE)),
                 port.arsize.eq(WORD_SIZE),
                 port.arburst.eq(BURST_INCR),
                 port.arvalid.eq(asking[n]),
                 port.rready.eq(1),
             ]
             # Whether all channels wait for nothing is asked in every cycle: from a register of its own each.
-            coming = (due + (port.arvalid & port.arready) - port.rvalid)[: len(due)]
-            m.d.sync += [due.eq(coming), waiting[n].eq(coming.any())]
+            left = (due + (port.arvalid & port.arready) - port.rvalid)[: len(due)]
+            m.d.sync += [due.eq(left), waiting[n].eq(left.any())]
+            with m.If(starts & self.mask[n]):
+                m.d.sync += [asking[n].eq(1), asked.eq(0)]
+            with m.Elif(asking[n] & port.arready):
+                m.d.sync += [asked.eq(asked + 1), asking[n].eq(asked + 1 != words)]
             self._queue(m, n, byte)
         return m
 

@@ -148,9 +148,8 @@ def test_waits_and_signals_pair_up(machine: MakeMachine) -> None:
         assert not any(given.values())
 
 
-@pytest.mark.parametrize(
-    "shape", [LLAMA_7B, pytest.param(OPT_6B7, marks=pytest.mark.slow)], ids=lambda x: x.name
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [LLAMA_7B, OPT_6B7], ids=lambda x: x.name)
 def test_7b_shapes_compile_into_a_megabyte_for_any_length(shape: DecoderConfig) -> None:
     memory_map = MemoryMap(shape, U280, "w2s24", "kv4", shape.context)
     programs = compile_model(memory_map, ((10, 1000),) * (2 * shape.layers + 1))

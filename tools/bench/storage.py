@@ -137,7 +137,6 @@ def run() -> list[dict[str, Any]]:
     for name in ("clustered", "random"):
         values = sparf(name == "clustered")
         rows.append(_row(f"storage.sparf.bound_ratio.{name}", values["bound_ratio"], "ratio", 1.10, "lower"))
-        rows.append()
         rows.append(
             _row(f"storage.sparf.speedup_over_dense.{name}", values["speedup"], "ratio", None, "higher")
         )

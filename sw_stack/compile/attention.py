@@ -294,13 +294,16 @@ class AttentionEmitter(Emitter):
         vectors = len(heads) * per_head
         note = f"layer {layer} values of heads {heads[0]} to {heads[-1]}"
         dst, stride, out = self._value_destination(block, heads, first, count)
+        # While values collect extremes the vector unit may run SOFTMAX alone: no query is still to be quantised.
+        quantised = [self.at.q8.span()] if self._collects else []
         self.builder.emit(
             Op.LOAD, f"{note} from cache", [self._kv_span(layer, "v", block)],
             addr=self.map.value_base(layer, block, self.sequence), count=0, count_reg=R.VALUE_WORDS,
             runs=layout.value_blocks, stride=layout.value_block_words,
         )  # fmt: skip
         self.builder.emit(
-            Op.MATRIX, note, [p8.span(block, 0, vectors), scale.span(block, 0, vectors)], [out],
+            Op.MATRIX, note, [p8.span(block, 0, vectors), scale.span(block, 0, vectors), *quantised],
+            [out],
             codes=self._kv_codes, values=1, group_steps=1, count=0, count_reg=R.TILES, steps=layout.value_blocks,
             vectors=vectors, addr=p8.at(0, block), stride=p8.words, table=scale.at(0, block),
             dst=dst, dst_stride=stride, collect=int(self._collects), joins=int(self._collects and block > 0),

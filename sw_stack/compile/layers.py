@@ -93,8 +93,7 @@ class LayerEmitter(AttentionEmitter):
 
     def layer(self, layer: int) -> None:
         """One decoder layer on the residual stream; k and v are stored while what follows them is computed."""
-        # Queries that accumulate onto a bias are not exact on the RTL beside the softmax: they are computed before.
-        late = self._late_queries if self.tokens == 1 and not self.model.biases else []
+        late = self._late_queries if self.tokens == 1 else []
         self._until_attention(layer, late)
         for first in range(0, self.tokens, self.attention_tokens):
             self._attention(layer, first, min(self.attention_tokens, self.tokens - first), late)

@@ -11,7 +11,7 @@ import torch
 from golden.config import DecoderConfig
 from golden.loaders import Checkpoint
 from golden.spec import KVStrataError
-from golden.spec.engine import INSTRUCTION_BYTES, SMALL, TINY, U280, EngineConfig, Error, Op, decode
+from golden.spec.engine import INSTRUCTION_BYTES, SMALL, TINY, U280, EngineConfig, Error, Op, Unit, decode
 from sw_stack.compile.decoder import compile_model
 from sw_stack.compile.program import step_registers
 from sw_stack.device.golden import GoldenDevice
@@ -210,3 +210,20 @@ def test_disassembly_names_every_instruction(machine: MakeMachine) -> None:
     assert lines[0].split()[1] == "READ"
     assert lines[-1].split()[1] == Op.HALT.name
     assert all("wait" in line for line, i in zip(lines, program.instructions) if i.wait)
+
+
+@pytest.mark.parametrize("rotates", [True, False])
+def test_values_wait_until_the_last_queries_are_quantised(machine: MakeMachine, rotates: bool) -> None:
+    """Both find extremes in the same registers; the array must have waited for every token up to that QUANT's."""
+    shape = SHAPE if rotates else OPT
+    wide = dataclasses.replace(shape, layers=1, hidden=768, heads=12, kv_heads=12, head_size=64, vocab=64)
+    program = machine(wide, SMALL, context=64).programs.programs["decode"].instructions
+    notes = [i.note for i in program]
+    scores = next(n for n, note in enumerate(notes) if "keys of head" in note)
+    values = next(n for n, i in enumerate(program) if i.op is Op.MATRIX and "values of heads" in i.note)
+    quantised = max(n for n, note in enumerate(notes) if note.endswith("queries") and n < values)
+    assert scores < quantised, "no query is late in this shape"
+    given = [i.signal >> Unit.MATRIX & 1 for i in program[: quantised + 1] if i.unit is Unit.VECTOR]
+    taken = [i.wait >> Unit.VECTOR & 1 for i in program[: values + 1] if i.unit is Unit.MATRIX]
+    assert given[-1]
+    assert sum(taken) >= sum(given)

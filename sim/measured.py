@@ -34,7 +34,7 @@ ON_RTL = "measured on RTL"
 
 
 def cached_token_terms(heads: int, kv_heads: int, head_size: int) -> dict[str, float]:
-    """ "kv_words" and "drained" of one cached token of a layer on `u280`, whose drain takes a vector word a cycle."""
+    """Terms kv_words and drained of one cached token of a layer on `u280`, whose drain takes a vector word a cycle."""
     words = kv_heads * KVLayout(U280, 4, head_size, U280.lanes).words_per_token
     return {"kv_words": words, "drained": max(0.0, heads / U280.vector_lanes - words)}
 

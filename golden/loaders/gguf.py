@@ -77,7 +77,10 @@ def _convert(tensor: Any) -> Tensor | QuantisedWeight:
     kind = tensor.tensor_type.name
     shape = tuple(int(n) for n in reversed(tensor.shape))
     if kind in _IMPORTED and len(shape) == 2:
-        return import_gguf_block(tensor.data, kind, W4, W8)
+        try:
+            return import_gguf_block(tensor.data, kind, W4, W8)
+        except KVStrataError as error:
+            raise KVStrataError(f"the tensor {tensor.name} is not legal: {error}") from error
     try:
         values = np.asarray(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
     except NotImplementedError as error:

@@ -77,22 +77,22 @@ class Dispatch(wiring.Component):
     def elaborate(self, platform):
         m = Module()
         decoded = {u: Signal(queued(op), name=f"decoded_{u.name.lower()}") for u, op in UNIT_OPS.items()}
-        unit, code, full, pc = Signal(3), Signal(4), Signal(), Signal(PC_BITS)
-        moves = Signal()
+        code, full, pc = Signal(4), Signal(), Signal(PC_BITS)
+        held, moves = Signal(len(UNIT_OPS)), Signal()
         stops, illegal_halt = self._halt(m)
         m.d.comb += [self.i.ready.eq((~full | moves) & ~stops), self.empty.eq(~full)]
         with m.If(moves):
-            m.d.sync += full.eq(0)
+            m.d.sync += [full.eq(0), held.eq(0)]
         with m.If(self.i.valid & self.i.ready):
             m.d.sync += [full.eq(1), pc.eq(self.i.p.pc)]
-            self._decode(m, decoded, unit, code)
+            self._decode(m, decoded, held, code)
         for u in UNIT_OPS:
             port = getattr(self, u.name.lower())
             m.d.comb += Value.cast(port.payload).eq(Value.cast(decoded[u]))
-            m.d.comb += port.valid.eq(full & (unit == u) & (code == 0))
+            m.d.comb += port.valid.eq(held[u])
             with m.If(port.valid & port.ready):
                 m.d.comb += moves.eq(1)
-        fault, fault_pc = self._product_fault(m, decoded[Unit.MATRIX], moves & (unit == Unit.MATRIX))
+        fault, fault_pc = self._product_fault(m, decoded[Unit.MATRIX], moves & held[Unit.MATRIX])
         with m.If(fault != 0):
             m.d.comb += [self.error.eq(fault), self.error_pc.eq(fault_pc)]
         with m.Elif(full & (code != 0)):
@@ -114,11 +114,12 @@ class Dispatch(wiring.Component):
         m.d.sync += illegal.eq(stops & beyond)
         return stops, illegal
 
-    def _decode(self, m, decoded, unit, code):
+    def _decode(self, m, decoded, held, code):
+        """`held`: one bit per unit, that of a legal operation's; what moves hangs on it and the fetcher on that."""
         word = self.i.p.word
         common = field_slices(Op.HALT, word)
         address, count = (self.registers[common[n]] for n in ("addr_reg", "count_reg"))
-        m.d.sync += code.eq(Error.ILLEGAL_INSTRUCTION)
+        m.d.sync += [held.eq(0), code.eq(Error.ILLEGAL_INSTRUCTION)]
         with m.Switch(word[:8]):
             for op in Op:
                 if op is Op.HALT:
@@ -126,8 +127,12 @@ class Dispatch(wiring.Component):
                 with m.Case(op):
                     f = field_slices(op, word)
                     illegal = f["rest"].any() | f["reserved"].any()
-                    m.d.sync += [unit.eq(op >> 4), code.eq(Mux(illegal, Error.ILLEGAL_INSTRUCTION, 0))]
-                    target = decoded[Unit(op >> 4)]
+                    unit = Unit(op >> 4)
+                    m.d.sync += [
+                        held[unit].eq(~illegal),
+                        code.eq(Mux(illegal, Error.ILLEGAL_INSTRUCTION, Error.NONE)),
+                    ]
+                    target = decoded[unit]
                     m.d.sync += [
                         target.wait.eq(f["wait"]),
                         target.signal.eq(f["signal"]),

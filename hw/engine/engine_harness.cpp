@@ -137,9 +137,7 @@ private:
         if (!t.rst) {
 #define CLOCK(n)                                                   \
     KV_CLOCK_READ(t, axi___05F##n, bus_[n]->read, cycle_);         \
-    if (t.axi_write___05F##n##___05Fawvalid || t.axi_write___05F##n##___05Fwvalid || !bus_[n]->write.idle() || \
-        !bus_[n]->write.awready || !bus_[n]->write.wready || bus_[n]->write.bvalid)                             \
-        KV_CLOCK_WRITE(t, axi_write___05F##n, bus_[n]->write, cycle_);
+    KV_CLOCK_WRITE(t, axi_write___05F##n, bus_[n]->write, cycle_);
             KV_EACH_CHANNEL(CLOCK)
             KV_CLOCK_READ(t, aux, aux_->read, cycle_);
             KV_CLOCK_WRITE(t, aux_write, aux_->write, cycle_);

@@ -1,6 +1,7 @@
 """Loaders: GGUF and safetensors agree, the tokenizer is the model's own, damaged files end in one sentence."""
 
 import json
+import shutil
 
 import gguf
 import numpy as np
@@ -148,6 +149,21 @@ def test_odd_ggufs_are_named(tiny, tmp_path):
         load(write_gguf(tmp_path / "b.gguf", tiny, extra=["blk.0.attn_q.bias"]))
     with pytest.raises(KVStrataError, match="must be of architecture llama, got gemma"):
         load(write_gguf(tmp_path / "c.gguf", tiny, architecture="gemma"))
+
+
+@pytest.mark.parametrize("scale", [np.inf, np.nan])
+def test_a_scale_that_is_not_finite_names_its_tensor(tmp_path, scale):
+    """The first block of one matrix of the real model, in its own file format: a scale, a minimum, 32 codes."""
+    path = tmp_path / "odd.gguf"
+    shutil.copy(smollm2_path(), path)
+    [tensor] = [t for t in gguf.GGUFReader(path).tensors if t.name == "blk.3.ffn_up.weight"]
+    with path.open("r+b") as file:
+        file.seek(tensor.data_offset)
+        file.write(np.float16(scale).tobytes())
+    with pytest.raises(
+        KVStrataError, match=r"blk\.3\.ffn_up\.weight is not legal: a scale of w4 must be finite, got NaN"
+    ):
+        load(path)
 
 
 def test_odd_folders_are_named(tiny, tmp_path):

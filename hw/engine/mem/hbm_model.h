@@ -98,6 +98,24 @@ struct Stats {
     uint64_t latency_cycles = 0, latency_max = 0;
 };
 
+// A number of things as a divisor that hardware has: powers of two divide by shifts.
+class Count {
+public:
+    explicit Count(int64_t count) : count_(count) {
+        if (count < 1) throw std::runtime_error("the memory model counts from 1, not " + std::to_string(count));
+        while (1LL << shift_ < count) shift_++;
+        power_ = 1LL << shift_ == count;
+    }
+    uint64_t of(uint64_t value) const { return power_ ? value >> shift_ : value / count_; }
+    uint64_t rest(uint64_t value) const { return power_ ? value & (count_ - 1) : value % count_; }
+    int64_t count() const { return count_; }
+
+private:
+    int64_t count_;
+    int shift_ = 0;
+    bool power_ = false;
+};
+
 // One pseudo-channel with a controller that serves the oldest access first and lets younger ones (up to `lookahead`
 // of them) use the command and data slots that older ones leave free, as a first-ready scheduler does; they retire
 // and answer in order. All-bank refresh every tREFI, phase by channel number.
@@ -105,25 +123,30 @@ class Channel {
 public:
     Channel(const Config& config, uint32_t number)
         : ck_(config.at("t_ck_ps")), groups_(config.at("bank_groups")), per_group_(config.at("banks_per_group")),
-          row_bytes_(config.at("row_bytes")), access_bytes_(config.at("access_bytes")),
+          access_bytes_(config.at("access_bytes")), page_bytes_(groups_.count() * config.at("row_bytes")),
           ccd_s_(config.at("t_ccd_s_ck") * ck_), ccd_l_(config.at("t_ccd_l_ck") * ck_), cl_(config.at("t_cl_ps")),
           cwl_(config.at("t_cwl_ps")), rcd_(config.at("t_rcd_ps")), rp_(config.at("t_rp_ps")),
           ras_(config.at("t_ras_ps")), rrd_s_(config.at("t_rrd_s_ps")), rrd_l_(config.at("t_rrd_l_ps")),
           faw_(config.at("t_faw_ps")), rtp_(config.at("t_rtp_ps")), wr_(config.at("t_wr_ps")),
           wtr_s_(config.at("t_wtr_s_ps")), wtr_l_(config.at("t_wtr_l_ps")), refi_(config.at("t_refi_ps")),
           rfc_(config.at("t_rfc_ps")), return_(config.at("return_ps")), khz_(config.at("user_clock_khz")),
-          page_bytes_(groups_ * row_bytes_), window_(config.at("lookahead"), kNever), banks_(groups_ * per_group_) {
+          window_(config.at("lookahead"), kNever), banks_(groups_.count() * per_group_.count()) {
         next_refresh_ = refi_ * (number % 32 + 1) / 32;
     }
 
     // User cycle in which the last byte of [address, address + bytes) is with the user (read) or safe (write).
     uint64_t serve(uint64_t cycle, uint64_t address, uint32_t bytes, bool write) {
-        int64_t arrival = cycle * 1000000000LL / khz_;
-        int64_t done = 0;
-        for (uint64_t a = address / access_bytes_ * access_bytes_; a < address + bytes; a += access_bytes_)
-            done = access(arrival, a, write);
-        return ((done + return_) * khz_ + 999999999LL) / 1000000000LL;
+        return (served(arrival(cycle), address, bytes, write) + kPerCycle - 1) / kPerCycle;
     }
+    // The same as a fraction of a cycle, in units of 1 / kPerCycle, of an access that arrives at a time of `arrival`.
+    int64_t served(int64_t arrival, uint64_t address, uint32_t bytes, bool write) {
+        int64_t done = 0;
+        for (uint64_t a = address - access_bytes_.rest(address); a < address + bytes; a += access_bytes_.count())
+            done = access(arrival, a, write);
+        return (done + return_) * khz_;
+    }
+    int64_t arrival(uint64_t cycle) const { return cycle * kPerCycle / khz_; }
+    static constexpr int64_t kPerCycle = 1000000000LL;
     Stats stats;
 
 private:
@@ -138,10 +161,10 @@ private:
 
     // Address bits, low to high: bank group, column, bank, row: a stream visits all groups before it repeats one.
     void decode(uint64_t address, int64_t& group, int64_t& bank, int64_t& row) const {
-        const uint64_t unit = address / access_bytes_, page = address / page_bytes_;
-        group = unit % groups_;
-        bank = page % per_group_ * groups_ + group;
-        row = page / per_group_;
+        const uint64_t page = page_bytes_.of(address);
+        group = groups_.rest(access_bytes_.of(address));
+        bank = per_group_.rest(page) * groups_.count() + group;
+        row = per_group_.of(page);
     }
 
     struct Activate {
@@ -164,20 +187,23 @@ private:
 
     // Earliest time from `start` that keeps tRRD to every activate and tFAW over every five.
     int64_t activate_slot(int64_t start, int64_t group) const {
+        const int64_t reach = std::max({faw_, rrd_s_, rrd_l_});
         for (bool moved = true; moved;) {
             moved = false;
             size_t near = 0;
             int64_t next = INT64_MAX;
             for (const Activate& other : activates_) {
+                const int64_t apart = std::abs(other.time - start);
+                if (apart >= reach) continue;
                 int64_t spacing = other.group == group ? rrd_l_ : rrd_s_;
-                if (std::abs(other.time - start) < spacing) start = other.time + spacing, moved = true;
-            }
-            if (moved) continue;
-            for (const Activate& other : activates_)
-                if (std::abs(other.time - start) < faw_) {
+                if (apart < spacing) {
+                    start = other.time + spacing, moved = true;
+                } else if (apart < faw_) {
                     near++;
                     if (other.time + faw_ > start) next = std::min(next, other.time + faw_);
                 }
+            }
+            if (moved) continue;
             // Conservative: four neighbours on both sides together close the window.
             if (near >= 4 && crowded(start)) start = next, moved = true;
         }
@@ -196,8 +222,10 @@ private:
     int64_t spacing(int64_t a, int64_t b) const { return a == b ? ccd_l_ : ccd_s_; }
 
     void place_column(Plan& p, int64_t start, int64_t group, bool write) const {
+        const int64_t nearest = std::min(ccd_s_, ccd_l_);
         if (write == last_was_write_)
             for (size_t n = 0; n < gaps_.size(); n++) {
+                if (gap_ends_[n] < start + nearest) continue;  // most are
                 const Gap& gap = gaps_[n];
                 int64_t at = std::max(start, gap.before + spacing(gap.before_group, group));
                 if (at + spacing(group, gap.after_group) <= gap.after) {
@@ -215,13 +243,13 @@ private:
     void take_column(const Plan& p, int64_t group, bool write) {
         if (p.gap >= 0) {
             Gap old = gaps_[p.gap];
-            gaps_.erase(gaps_.begin() + p.gap);
+            drop_gap(p.gap);
             keep_gap({old.before, old.before_group, p.column, group});
             keep_gap({p.column, group, old.after, old.after_group});
             return;
         }
         if (stats.accesses && write != last_was_write_) {
-            gaps_.clear();
+            gaps_.clear(), gap_ends_.clear();
             stats.turnarounds++;
         } else {
             keep_gap({last_column_, last_group_, p.column, group});
@@ -232,8 +260,11 @@ private:
     }
     void keep_gap(const Gap& gap) {
         if (gap.after - gap.before < 2 * ccd_s_) return;
-        if (gaps_.size() == window_.size()) gaps_.erase(gaps_.begin());
-        gaps_.push_back(gap);
+        if (gaps_.size() == window_.size()) drop_gap(0);
+        gaps_.push_back(gap), gap_ends_.push_back(gap.after);
+    }
+    void drop_gap(int n) {
+        gaps_.erase(gaps_.begin() + n), gap_ends_.erase(gap_ends_.begin() + n);
     }
 
     void refresh() {
@@ -244,7 +275,7 @@ private:
             bank.row = -1;
             bank.may_activate = start + rp_ + rfc_;
         }
-        gaps_.clear();
+        gaps_.clear(), gap_ends_.clear();
         next_refresh_ += refi_;
         stats.refreshes++;
     }
@@ -253,7 +284,8 @@ private:
         int64_t group, index, row;
         decode(address, group, index, row);
         Bank& bank = banks_[index];
-        int64_t& slot = window_[stats.accesses % window_.size()];
+        int64_t& slot = window_[next_];
+        next_ = next_ + 1 == window_.size() ? 0 : next_ + 1;
         int64_t ready = std::max(arrival, slot);
         while (ready >= next_refresh_) refresh();
         Plan p = plan(bank, group, row, ready, write);
@@ -279,14 +311,18 @@ private:
         return data_end;
     }
 
-    int64_t ck_, groups_, per_group_, row_bytes_, access_bytes_, ccd_s_, ccd_l_, cl_, cwl_, rcd_, rp_, ras_, rrd_s_,
-        rrd_l_, faw_, rtp_, wr_, wtr_s_, wtr_l_, refi_, rfc_, return_, khz_, page_bytes_;
+    int64_t ck_;
+    Count groups_, per_group_, access_bytes_, page_bytes_;
+    int64_t ccd_s_, ccd_l_, cl_, cwl_, rcd_, rp_, ras_, rrd_s_, rrd_l_, faw_, rtp_, wr_, wtr_s_, wtr_l_, refi_, rfc_,
+        return_, khz_;
     std::vector<int64_t> window_;
+    size_t next_ = 0;
     std::vector<Bank> banks_;
     // The last `lookahead` activates and a window's worth before them: a younger access starts no earlier than the
     // retirement of the one `lookahead` before it, so older ones cannot matter.
     std::deque<Activate> activates_;
     std::vector<Gap> gaps_;
+    std::vector<int64_t> gap_ends_;  // `after` of each, on its own
     int64_t retired_ = kNever, last_column_ = kNever, last_group_ = -1, next_refresh_ = 0;
     bool last_was_write_ = false;
 };
@@ -338,6 +374,7 @@ protected:
     }
     uint64_t simple_latency() { return random_mode_ ? 1 + random_.next() % latency_ : latency_; }
     bool hbm() const { return hbm_; }
+    bool random() const { return random_mode_; }
     bool stalls() { return random_mode_ && random_.percent(stall_); }
 
     Memory& memory_;
@@ -376,7 +413,7 @@ public:
         if (!rvalid || rready) offer(cycle + 1);
     }
     void reset() {
-        bursts_.clear();
+        bursts_.clear(), ready_.clear();
         arready = rvalid = was_waiting_ = false;
     }
     bool idle() const { return bursts_.empty(); }
@@ -386,27 +423,24 @@ private:
         uint64_t address, accepted, free_at;
         uint32_t beats, bytes, id, sent;
         Response resp;
-        std::vector<uint64_t> ready;  // per beat, in hbm mode
     };
 
     void push(uint64_t cycle, uint64_t address, uint32_t beats, uint32_t bytes, uint32_t burst, uint32_t id) {
         check_burst(cycle, address, beats, bytes, burst);
-        Burst b{address, cycle, cycle, beats, bytes, id, 0, response(address, uint64_t(beats) * bytes), {}};
-        if (hbm()) b.ready.reserve(beats);
+        Burst b{address, cycle, cycle + 1, beats, bytes, id, 0, response(address, uint64_t(beats) * bytes)};
+        const int64_t arrival = channel_.arrival(cycle);
         if (!hbm()) b.free_at = cycle + simple_latency();
-        else if (b.resp != kDecerr)
+        else
             for (uint32_t n = 0; n < beats; n++)
-                b.ready.push_back(channel_.serve(cycle, address - base_ + uint64_t(n) * bytes, bytes, false));
-        else b.ready.assign(beats, cycle + 1);
+                ready_.push_back(b.resp == kDecerr ? 0 : channel_.served(arrival, address - base_ + uint64_t(n) * bytes, bytes, false));
         channel_.stats.read_bursts++;
-        bursts_.push_back(std::move(b));
+        bursts_.push_back(b);
     }
     void offer(uint64_t cycle) {
         rvalid = false;
         if (bursts_.empty()) return;
         Burst& b = bursts_.front();
-        uint64_t ready = b.ready.empty() ? b.free_at : b.ready[b.sent];
-        if (cycle < ready || stalls()) return;
+        if (cycle < b.free_at || (hbm() && int64_t(cycle) * Channel::kPerCycle < ready_.front()) || stalls()) return;
         rvalid = true;
         rid = b.id;
         rresp = b.resp;
@@ -421,11 +455,13 @@ private:
     void pop(uint64_t) {
         Burst& b = bursts_.front();
         channel_.stats.bytes_read += b.bytes;
+        if (hbm()) ready_.pop_front();
         if (++b.sent == b.beats) bursts_.pop_front();
     }
 
     inline static const uint8_t kZeros[64] = {};
     std::deque<Burst> bursts_;
+    std::deque<int64_t> ready_;  // of each beat to come in hbm mode, as Channel::served counts
     bool was_waiting_ = false;
     uint64_t last_addr_ = 0;
     uint32_t last_len_ = 0;
@@ -471,6 +507,8 @@ public:
         awready = wready = bvalid = aw_waiting_ = w_waiting_ = false;
     }
     bool idle() const { return bursts_.empty() && beats_.empty(); }
+    // Ready for a burst with none inside: a cycle that begins none changes nothing, unless it draws a stall.
+    bool settled() const { return !random() && idle() && awready && wready && !bvalid && !aw_waiting_ && !w_waiting_; }
 
 private:
     struct Beat {
@@ -547,8 +585,9 @@ private:
     } while (0)
 #define KV_CLOCK_WRITE(top, PREFIX, port, cycle)                                                                  \
     do {                                                                                                          \
+        if ((port).settled() && !(top).PREFIX##___05Fawvalid && !(top).PREFIX##___05Fwvalid) break;                        \
         uint8_t kv_beat[64] = {};                                                                                 \
-        std::memcpy(kv_beat, &(top).PREFIX##___05Fwdata, sizeof((top).PREFIX##___05Fwdata));                              \
+        if ((top).PREFIX##___05Fwvalid) std::memcpy(kv_beat, &(top).PREFIX##___05Fwdata, sizeof((top).PREFIX##___05Fwdata)); \
         (port).clock(cycle, (top).PREFIX##___05Fawvalid, (top).PREFIX##___05Fawaddr, (top).PREFIX##___05Fawlen,               \
                      (top).PREFIX##___05Fawsize, (top).PREFIX##___05Fawburst, (top).PREFIX##___05Fawid, (top).PREFIX##___05Fwvalid, \
                      kv_beat, (top).PREFIX##___05Fwstrb, (top).PREFIX##___05Fwlast, (top).PREFIX##___05Fbready);              \

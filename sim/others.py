@@ -2,7 +2,7 @@
 
 They tell how far the model holds beyond the two papers of `sim.reproduce`; their errors are reported on their own. A
 figure that a preset carries as a rating (a drive's sequential rate, its rated reads per second) is no test and is left
-out. A row is "predicted" where its published value stands in the project's dossiers, "unverified" where it does not.
+out. A row is "predicted" where its published value was checked, "unverified" where it was not.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Published results beside modelled ones: which were calibrated on, which are predicted, and by how much they miss.
 
-Sources: the dossiers on InstInfer (arXiv 2409.04992) and AccLLM (arXiv 2505.03745) and what they cite. Every
+Sources: InstInfer (arXiv 2409.04992), AccLLM (arXiv 2505.03745) and what they cite. Every
 published figure that the model can express is a row; `NOT_EXPRESSED` says what is left out and why.
 """
 

@@ -220,9 +220,11 @@ class Fpga(Described):
     hbm_t_faw_ns: Positive = assumed(16.0, "SIM-HBM")
     hbm_t_rfc_ns: NonNegative = assumed(260.0, "SIM-HBM")
     hbm_t_refi_ns: Positive = assumed(3900.0, "SIM-HBM")
-    hbm_hit_ns: Positive = assumed(107.0, "reference/accllm.md section 3.4: idle latency, page hit")
-    hbm_closed_ns: Positive = assumed(122.0, "reference/accllm.md section 3.4: idle latency, bank closed")
-    hbm_miss_ns: Positive = assumed(138.0, "reference/accllm.md section 3.4: idle latency, page miss")
+    hbm_hit_ns: Positive = assumed(107.0, "benchmarks of a U280's HBM at 450 MHz: idle latency, page hit")
+    hbm_closed_ns: Positive = assumed(
+        122.0, "benchmarks of a U280's HBM at 450 MHz: idle latency, bank closed"
+    )
+    hbm_miss_ns: Positive = assumed(138.0, "benchmarks of a U280's HBM at 450 MHz: idle latency, page miss")
     hbm_access_bytes: Count = assumed(1024, "SIM-HBM-ACCESS")
     hbm_outstanding: Count = assumed(16, "SIM-HBM-QD")
     port_bytes_per_cycle: Positive

@@ -92,12 +92,11 @@ def memory_model(name: str) -> MemoryModel:
 
 def memory_map(checkpoint: Checkpoint, setup: Setup) -> MemoryMap:
     """The map of a checkpoint's engine form under a setup."""
-    context = min(setup.context, checkpoint.config.context)
     ring = KVRing.of_lambda(setup.window) if setup.window else None
     if setup.placement == "engine+csd":
         ring = KVRing.of_split(setup.split)
     model, engine = replace(checkpoint.config, norm="rms"), ENGINE_CONFIGS[setup.engine]
-    return MemoryMap(model, engine, setup.weights, setup.kv, context, ring, setup.sequences)
+    return MemoryMap(model, engine, setup.weights, setup.kv, setup.context, ring, setup.sequences)
 
 
 def cached_image(

@@ -56,7 +56,8 @@ def test_a_narrow_layer_is_exact_and_as_long_as_predicted(tmp_path, weights):
     check(random_layer(tmp_path / "image", shape, TINY, weights), (FIXED, HBM), NARROW_TOLERANCE)
 
 
-@pytest.mark.parametrize("weights", [pytest.param("w4", marks=pytest.mark.slow), "w2s24"])
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", ["w4", "w2s24"])
 def test_turned_keys_and_queries_between_scores_are_exact_and_as_long_as_predicted(tmp_path, weights):
     """Eight heads: keys lie turned four ways, queries of the last three are computed inside attention."""
     shape = dataclasses.replace(

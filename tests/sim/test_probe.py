@@ -35,7 +35,7 @@ def test_published_random_reads_of_a_consumer_drive():
     ("drive", "kib", "microseconds"),
     [
         # Firmware, array, codewords on the bus, command; published parameters of the models that respected
-        # simulators hold, in the order of reference/flash.md.
+        # simulators hold.
         ("970-pro-1tb", 4, 21.5 + 35.76 + 4096 / 800 + 0.3),
         ("970-pro-1tb", 32, 30.49 + 36.013 + 32_768 / 800 + 0.3),
         ("zn540", 4, 20 + 50 + 4096 / 450 + 0.3),

@@ -101,6 +101,7 @@ def test_what_does_not_fit(
             "64",
             "a channel holds 268435456 bytes; weights and a KV cache of 64 tokens take",
         ),
+        (checkpoint, "100000", "the context must be 1 to the model's 128 tokens; got 100000"),
         (larger(context=1 << 17), "131072", "attention scores takes 32768 of 16384 words of the vb buffer"),
     ):
         with monkeypatch.context() as patch:

@@ -83,6 +83,10 @@ def check_row(row: Row) -> None:
     codec(row.kv.removesuffix(CENTRED))
 
 
+ASKED_LEVELS = ("float", "float-a8", "exact")
+"""A level with its activations, as one word."""
+
+
 def combinations(
     contexts: Sequence[int],
     weights: Sequence[str] | None = None,
@@ -91,6 +95,9 @@ def combinations(
     levels: Sequence[str] | None = None,
 ) -> list[Row]:
     """Every combination of the texts given; w4, kv4, dense and exact where none is."""
+    for level in levels or []:
+        if level not in ASKED_LEVELS:
+            raise KVStrataError(f"a level must be one of {', '.join(ASKED_LEVELS)}, got {level}.")
     return [
         Row(context, level.removesuffix("-a8"), Recipe.parse(recipe),
             "a8" if level in ("exact", "float-a8") else "float", cache, policy)

@@ -63,7 +63,8 @@ def command(
     rows = [r for r in asked if _wanted(r, match, context, long)]
     if not rows:
         raise KVStrataError(
-            f"a filter must leave at least one row of the grid, got {match} at contexts {context}."
+            f"a filter must leave at least one row of the grid, got {match or 'none'} "
+            f"at contexts {context or 'of all lengths'}."
         )
     for row in rows:
         check_row(row)

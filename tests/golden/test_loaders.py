@@ -125,7 +125,7 @@ def test_missing_and_unknown_paths_are_named(tmp_path):
         load(tmp_path)
 
 
-@pytest.mark.parametrize("size", [0, 3, 20, 3000, 100_000, 93_000_000])
+@pytest.mark.parametrize("size", [0, 3, 20, 3000, 100_000, pytest.param(93_000_000, marks=pytest.mark.slow)])
 def test_truncated_gguf_is_one_sentence(tmp_path, size):
     path = tmp_path / "cut.gguf"
     with smollm2_path().open("rb") as source:

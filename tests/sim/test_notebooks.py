@@ -9,9 +9,9 @@ from nbclient import NotebookClient
 
 QUESTIONS = (
     "01-where-should-the-kv-cache-live",
-    "02-reproducing-both-papers",
-    "03-where-each-scheme-wins",
-    "04-sizing-a-drive",
+    pytest.param("02-reproducing-both-papers", marks=pytest.mark.slow),
+    pytest.param("03-where-each-scheme-wins", marks=pytest.mark.slow),
+    pytest.param("04-sizing-a-drive", marks=pytest.mark.slow),
     "05-sizing-an-engine",
     "06-fpga-and-drives",
 )

@@ -134,9 +134,9 @@ def test_merging_is_log_sum_exp() -> None:
     ("shape", "engine", "window"),
     [
         (SHAPE, SMALL, LambdaWindow(3, 32)),
-        (MODEL, TINY, LambdaWindow(0, 32, limit=7)),
+        pytest.param(MODEL, TINY, LambdaWindow(0, 32, limit=7), marks=pytest.mark.slow),
         (SHAPE, U280, LambdaWindow(4, 32, limit=40)),
-        (MODEL, SMALL, LambdaWindow(2, 128)),
+        pytest.param(MODEL, SMALL, LambdaWindow(2, 128), marks=pytest.mark.slow),
     ],
     ids=["sinks", "no-sinks", "u280", "wide"],
 )

@@ -82,7 +82,11 @@ def prove_equal(text, rewritten, folder):
     run_script("\n".join([*script, "equiv_simple", "equiv_induct", "equiv_status -assert"]), folder)
 
 
-@pytest.mark.parametrize("make", [Mixture, lambda: ChannelPlanes(2)], ids=["mixture", "channel planes"])
+@pytest.mark.parametrize(
+    "make",
+    [Mixture, pytest.param(lambda: ChannelPlanes(2), marks=pytest.mark.slow)],
+    ids=["mixture", "channel planes"],
+)
 def test_a_rewritten_design_is_proved_equal(make, tmp_path):
     text = emit(make(), "top").text
     prove_equal(text, for_simulation(text), tmp_path)

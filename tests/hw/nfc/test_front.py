@@ -3,6 +3,8 @@
 import itertools
 from dataclasses import replace
 
+import pytest
+
 from golden.spec.storage import PPN
 from hw.lib.testing import get, put, simulate
 from hw.storage.flash_model import Command, FlashChannel, FlashParams, Grant
@@ -71,6 +73,7 @@ def test_each_kernel_gets_its_marked_pages_in_order(raw_pages):
     assert sorted(commanded) == [n for n, raw in enumerate(pages) if raw.expected]
 
 
+@pytest.mark.slow
 def test_a_long_run_for_one_kernel_does_not_starve_the_other(raw_pages):
     raw = next(raw for raw in raw_pages(1, 30, fail=0) if len(raw.expected) == 128)
     pages = [replace(raw, tag=n | (n >= 8) << 7, mask=raw.legal) for n in range(12)]

@@ -63,7 +63,10 @@ def filled(machine):
 SHAPES = [(64, 1), (40, 3), (64, 2), (8, 5), (33, 1), (96, 2)]
 
 
-@pytest.mark.parametrize(("config", "stall"), [(TINY, 0.0), (TINY, 0.4), (SMALL, 0.0)])
+@pytest.mark.parametrize(
+    ("config", "stall"),
+    [(TINY, 0.0), *(pytest.param(*c, marks=pytest.mark.slow) for c in ((TINY, 0.4), (SMALL, 0.0)))],
+)
 def test_softmaxes_behind_each_other_leave_what_they_leave_alone(config, stall):
     ops = softmaxes(config.vector_lanes, SHAPES)
     alone = filled(Machine(config))
@@ -120,7 +123,7 @@ class Collecting(Machine):
         await super()._issue(ctx, op, limit)
 
 
-@pytest.mark.parametrize("pause", [1, 2, 9])
+@pytest.mark.parametrize("pause", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 9))])
 def test_extremes_of_collected_words_are_those_of_the_vector(pause):
     """Three row blocks of four words each, the later ones joined; then the fresh quantisation of what they wrote."""
     rng, lanes = random.Random(pause), TINY.vector_lanes

@@ -32,12 +32,17 @@ def build(
 ) -> Decoder:
     """A decoder at a level: `float` (float32 reference) or `exact` (engine integers, weights and kv formats, dense or
     over a Lambda window)."""
+    check_build(level, weights, kv, window)
+    return FloatDecoder(checkpoint) if level == "float" else ExactDecoder(checkpoint, weights, kv, window)
+
+
+def check_build(level: str, weights: str, kv: str, window: LambdaWindow | None = None) -> None:
+    """KVStrataError for what `build` makes of no checkpoint."""
     if level not in LEVELS:
         raise KVStrataError(f"a level must be one of {', '.join(LEVELS)}, got {level}.")
     weight_format(weights), kv_format(kv)
     if level == "float" and window:
         raise KVStrataError("policy lambda is of level exact or of a device, got level float.")
-    return FloatDecoder(checkpoint) if level == "float" else ExactDecoder(checkpoint, weights, kv, window)
 
 
 @dataclass(frozen=True)

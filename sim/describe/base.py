@@ -67,9 +67,8 @@ class Described(BaseModel):
     def replaced(self, **changes: Any) -> Self:
         """A validated copy with some fields changed; their source becomes "set by the user"."""
         source = {**self.source, **dict.fromkeys(changes, "set by the user")}
-        return build(
-            type(self), {**self.model_dump(exclude={"source"}), **changes, "source": source}, self.name
-        )
+        kept = self.model_dump(exclude={"source"})
+        return build(type(self), {**kept, **changes, "source": source}, f"{self.kind} {self.name}")
 
 
 D = TypeVar("D", bound=Described)

@@ -71,7 +71,7 @@ def command(
     from dataclasses import replace
 
     from golden.lambda_window import LambdaWindow
-    from golden.llama import build, generate, load_model
+    from golden.llama import build, check_build, generate, load_model
     from golden.spec import KVStrataError
     from hw.flow.cache import write_atomically
     from sw_stack.chain.language import check_prompt
@@ -87,9 +87,7 @@ def command(
     if policy not in POLICIES:
         raise KVStrataError(f"a policy is one of {', '.join(POLICIES)}; got {policy!r}")
     kept = LambdaWindow(sinks, window) if policy == "lambda" else None
-    checkpoint = load_model(model)
-    if checkpoint.tokenizer is None:
-        raise KVStrataError(f"generating text needs a tokenizer, and {model} holds none")
+    check_build(level if device is None else "exact", weights, kv, kept)
     if device is not None:
         from golden.storage.decoder import Sparsity, Split
         from sw_stack.runtime.generate import batch_on_device, on_device
@@ -100,6 +98,10 @@ def command(
         setup = Setup(
             engine, device, placement, weights, kv, context, sparsity, split, kept, memory, len(prompts)
         )
+    checkpoint = load_model(model)
+    if checkpoint.tokenizer is None:
+        raise KVStrataError(f"generating text needs a tokenizer, and {model} holds none")
+    if device is not None:
         with console.status("starting") as status:
             if also:
                 runs = batch_on_device(checkpoint, setup, prompts, tokens, status.update, not raw, image)

@@ -83,8 +83,8 @@ def check_row(row: Row) -> None:
     codec(row.kv.removesuffix(CENTRED))
 
 
-ASKED_LEVELS = ("float", "float-a8", "exact")
-"""A level with its activations, as one word."""
+ASKED_LEVELS = {"float": ("float", "float"), "float-a8": ("float", "a8"), "exact": ("exact", "a8")}
+"""A level and its activations by one word."""
 
 
 def combinations(
@@ -99,8 +99,7 @@ def combinations(
         if level not in ASKED_LEVELS:
             raise KVStrataError(f"a level must be one of {', '.join(ASKED_LEVELS)}, got {level}.")
     return [
-        Row(context, level.removesuffix("-a8"), Recipe.parse(recipe),
-            "a8" if level in ("exact", "float-a8") else "float", cache, policy)
+        Row(context, ASKED_LEVELS[level][0], Recipe.parse(recipe), ASKED_LEVELS[level][1], cache, policy)
         for recipe in weights or ["w4"]
         for level in levels or ["exact"]
         for context in contexts

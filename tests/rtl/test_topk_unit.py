@@ -12,7 +12,7 @@ BENCH = "tests.rtl.topk_unit_bench"
 
 
 def test_scores_of_several_kinds():
-    env = {"TOPK_SIZES": "17 333", "TOPK_LISTS": "gauss,saturated"}
+    env = {"TOPK_SIZES": "17 600", "TOPK_LISTS": "gauss,two values,saturated"}
     assert cocotb_run.run(partial(TopK), "topk", BENCH, extra_env=env) == 4
 
 

@@ -225,8 +225,8 @@ private:
         const int64_t nearest = std::min(ccd_s_, ccd_l_);
         if (write == last_was_write_)
             for (size_t n = 0; n < gaps_.size(); n++) {
-                if (gap_ends_[n] < start + nearest) continue;  // most are
                 const Gap& gap = gaps_[n];
+                if (gap.after < start + nearest) continue;  // most end too early
                 int64_t at = std::max(start, gap.before + spacing(gap.before_group, group));
                 if (at + spacing(group, gap.after_group) <= gap.after) {
                     p.column = at;
@@ -243,13 +243,13 @@ private:
     void take_column(const Plan& p, int64_t group, bool write) {
         if (p.gap >= 0) {
             Gap old = gaps_[p.gap];
-            drop_gap(p.gap);
+            gaps_.erase(gaps_.begin() + p.gap);
             keep_gap({old.before, old.before_group, p.column, group});
             keep_gap({p.column, group, old.after, old.after_group});
             return;
         }
         if (stats.accesses && write != last_was_write_) {
-            gaps_.clear(), gap_ends_.clear();
+            gaps_.clear();
             stats.turnarounds++;
         } else {
             keep_gap({last_column_, last_group_, p.column, group});
@@ -260,11 +260,8 @@ private:
     }
     void keep_gap(const Gap& gap) {
         if (gap.after - gap.before < 2 * ccd_s_) return;
-        if (gaps_.size() == window_.size()) drop_gap(0);
-        gaps_.push_back(gap), gap_ends_.push_back(gap.after);
-    }
-    void drop_gap(int n) {
-        gaps_.erase(gaps_.begin() + n), gap_ends_.erase(gap_ends_.begin() + n);
+        if (gaps_.size() == window_.size()) gaps_.erase(gaps_.begin());
+        gaps_.push_back(gap);
     }
 
     void refresh() {
@@ -275,7 +272,7 @@ private:
             bank.row = -1;
             bank.may_activate = start + rp_ + rfc_;
         }
-        gaps_.clear(), gap_ends_.clear();
+        gaps_.clear();
         next_refresh_ += refi_;
         stats.refreshes++;
     }
@@ -322,7 +319,6 @@ private:
     // retirement of the one `lookahead` before it, so older ones cannot matter.
     std::deque<Activate> activates_;
     std::vector<Gap> gaps_;
-    std::vector<int64_t> gap_ends_;  // `after` of each, on its own
     int64_t retired_ = kNever, last_column_ = kNever, last_group_ = -1, next_refresh_ = 0;
     bool last_was_write_ = false;
 };

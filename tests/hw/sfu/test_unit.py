@@ -34,7 +34,7 @@ def check(ops: list[Op], seed: int, lanes: int, stall: float) -> None:
 
 
 def test_each_instruction_equals_plain_integers():
-    check([op for op in OPS for _ in range(4)], seed=0, lanes=8, stall=0.0)
+    check([op for op in OPS for _ in range(8)], seed=0, lanes=8, stall=0.0)
 
 
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])

@@ -17,6 +17,7 @@ the sum. `primitives` builds it so. Without it the same dot products, of the sam
 products, for simulation; `tests/rtl/test_engine_dsp.py` holds the two against each other.
 """
 
+import itertools
 from dataclasses import dataclass
 
 from amaranth import Cat, ClockSignal, Const, Instance, Module, Mux, Signal, Value, signed, unsigned
@@ -25,6 +26,7 @@ from amaranth.lib.wiring import In, Out
 
 from golden.spec.engine import STEP
 from hw.lib.arith import shift_left
+from hw.lib.pipeline import Pipe
 
 CHAIN = 8
 HOPS = 4
@@ -32,8 +34,12 @@ HOPS = 4
 FIELD = 18
 PAIR_FIELD = 15
 SUM_BITS = 2 * FIELD + 2
-HALF = 32
-"""Bits of each of two sums in a simulator's word."""
+WHOLE = 64
+"""Bits of a simulator's word."""
+HALF = WHOLE // 2
+"""Of each of two sums in one."""
+BLOCK = WHOLE // 4
+"""Positions of both rows of which a word holds two bits each."""
 DOT_BITS = 21
 """32 * 255 * 127 < 2**20."""
 QUADS = STEP // 2
@@ -57,13 +63,16 @@ SPARSE_SHARED = 0xFC
 """What `shared` holds in a 2:4 step: -4, which the codes of both weights are short of."""
 
 
-def shared_operand(acts: Value, sparse: Value) -> Value:
+def shared_operand(acts: Value, sparse: Value, width: int = 9) -> Value:
     """`LanePair.shared` from the activations of a dense step: the same for every pair, so that it is made once.
 
-    A position is 9 bits: the activation and bit 17 of its sign extension. In a 2:4 step it is -4 - 4 * 2**15.
+    A position is `width` bits: the activation and its sign extension, of which the device needs bit 17 alone. In a 2:4
+    step it is -4 - 4 * 2**15 there; the form that is simulated does not read it then.
     """
     positions = [acts[8 * j : 8 * j + 8] for j in range(len(acts) // 8)]
-    return Cat(Cat(Mux(sparse, SPARSE_SHARED, act)[:8], act[7] & ~sparse) for act in positions)
+    return Cat(
+        Cat(Mux(sparse, SPARSE_SHARED, act)[:8], (act[7] & ~sparse).replicate(width - 8)) for act in positions
+    )
 
 
 @dataclass(frozen=True)
@@ -106,13 +115,15 @@ class LanePair(wiring.Component):
     """Dot products of two output rows with 32 (dense) or 64 (2:4) activations per cycle.
 
     `load` takes a weight step; it is used from the next cycle on, with the `acts` of that cycle. `correction` (what the
-    offset of dense codes takes: -128 * sum of the activations, or 0) comes `latency - 1` cycles after its activations.
-    `dots` of the activations of cycle t are valid in cycle t + `latency` if `valid` was high in cycle t; stages
-    without work stand still.
+    offset of dense codes takes: -128 * sum of the activations, or 0; 0 in a 2:4 step) comes `latency - 1` cycles after
+    its activations. `dots` of the activations of cycle t are valid in cycle t + `latency` if `valid` was high in cycle
+    t; on the device, stages without work stand still.
 
-    `planes[p]`: row r and position k at bit `(r * 32 + k) * 2`; a 2:4 step has plane 0 alone, the others zero.
-    `patterns[j]`: bit j of a pattern at `r * 16 + quad`. `shared`: `shared_operand` of the 32 activations of a dense
-    step, or of none; `acts`: the 64 of a 2:4 step.
+    `planes[p][h]`: row r and position `BLOCK * h` + k at bit `(r * BLOCK + k) * 2`; a 2:4 step has plane 0 alone, the
+    others zero. `wide`: planes 2 and 3 are not zero; the device does not ask. `patterns[j]`: bit j of a pattern at
+    `r * 16 + quad`.
+    `shared`: `shared_operand` of the 32 activations of a dense step, or of none, in 9 bits each on the device and in
+    `WHOLE` for simulation; `acts`: the 64 of a 2:4 step.
     """
 
     latency = 5
@@ -122,14 +133,16 @@ class LanePair(wiring.Component):
             raise ValueError(f"A pair has a multiple of {2 * CHAIN} positions up to {STEP}, not {positions}")
         self._positions = positions
         self._primitives = primitives
+        self._shared_bits = 9 if primitives else WHOLE
         super().__init__(
             {
                 "load": In(1),
                 "valid": In(1),
                 "sparse": In(1),
-                "planes": In(data.ArrayLayout(unsigned(4 * positions), 4)),
+                "wide": In(1),
+                "planes": In(WHOLE).array(4, positions // BLOCK),
                 "patterns": In(data.ArrayLayout(unsigned(positions), 3)),
-                "shared": In(9 * positions),
+                "shared": In(self._shared_bits * positions),
                 "acts": In(16 * positions),
                 "correction": In(signed(DOT_BITS)),
                 "dots": Out(data.ArrayLayout(signed(DOT_BITS), 2)),
@@ -138,17 +151,21 @@ class LanePair(wiring.Component):
 
     def elaborate(self, platform):
         m, positions = Module(), self._positions
-        weights, first, second, sparse = self._weights(m)
+        words, first, second, sparse = self._weights(m)
+        weights = [
+            [_word(words, k).word_select(4 * r + k % BLOCK // 4, 8) for k in range(positions)]
+            for r in range(2)
+        ]
+        operands = [self._operands(j, weights, first[j], second[j], sparse) for j in range(positions)]
+        if not self._primitives:
+            self._arithmetic(m, operands, words, sparse)
+            return m
         enables = [self.valid]
         for stage in range(1, self.latency):
             later = Signal(name=f"valid_{stage}")
             m.d.sync += later.eq(enables[-1])
             enables.append(later)
-        operands = [self._operands(j, weights, first[j], second[j], sparse) for j in range(positions)]
         corrections = self._correction(m, weights, sparse)
-        if not self._primitives:
-            self._arithmetic(m, operands, sparse, corrections, enables)
-            return m
         sums, parities = [], []
         for c in range(positions // CHAIN):
             links = operands[CHAIN * c : CHAIN * (c + 1)]
@@ -160,31 +177,38 @@ class LanePair(wiring.Component):
     def _weights(self, m):
         """Weight registers: unsigned fields per row and position, selects per multiplier, mode.
 
-        A row's 32 fields are four registers of eight: register k % 4, byte k // 4. All crumbs of a plane then reach
-        their places with one shift and mask per register, which costs a simulator far less than a slice per field.
+        The fields of a block of positions are four words: word k % 4, and there byte k % 16 // 4 of the row's half. All
+        crumbs of a plane then reach their places with one shift and mask per word, and both rows' fields leave it with
+        another. Where it is simulated, planes 2 and 3 have registers of their own, which mostly stay as they are.
         """
-        positions = self._positions
-        crumbs = Const(sum(3 << (8 * i) for i in range(positions // 4)), 2 * positions)
-        fields = [
-            [Signal(2 * positions, name=f"w_{r}_{s}", reset_less=True) for s in range(4)] for r in range(2)
-        ]
-        bits = [Signal(positions, name=f"select_{i}", reset_less=True) for i in range(4)]
+        positions, words = self._positions, []
+        crumbs = Const(sum(3 << (8 * i) for i in range(8)), WHOLE)
+        selects = [Signal(positions, name=f"select_{i}", reset_less=True) for i in range(4)]
         sparse = Signal(reset_less=True)
         with m.If(self.load):
+            m.d.sync += sparse.eq(self.sparse)
+        with m.If(self.load & (self._primitives | self.sparse)):
             first, second = _selects(self.patterns, self.sparse)
-            m.d.sync += [sparse.eq(self.sparse), *(bit.eq(new) for bit, new in zip(bits, first + second))]
-            for r in range(2):
-                rows = [plane.word_select(r, 2 * positions) for plane in self.planes]
-                for s in range(4):
-                    parts = [
-                        (((row >> (2 * s)) & crumbs) << (2 * p))[: 2 * positions]
-                        for p, row in enumerate(rows)
-                    ]
-                    m.d.sync += fields[r][s].eq(parts[0] | parts[1] | parts[2] | parts[3])
-        weights = [[fields[r][k % 4].word_select(k // 4, 8) for k in range(positions)] for r in range(2)]
-        first = [Cat(bits[0][j], bits[1][j]) for j in range(positions)]
-        second = [Cat(bits[2][j], bits[3][j]) for j in range(positions)]
-        return weights, first, second, sparse
+            m.d.sync += [bit.eq(new) for bit, new in zip(selects, first + second)]
+        for h, s in itertools.product(range(positions // BLOCK), range(4)):
+            parts = [(((self.planes[p][h] >> 2 * s) & crumbs) << 2 * p)[:WHOLE] for p in range(4)]
+            word = Signal(WHOLE, name=f"w_{h}_{s}", reset_less=True)
+            if self._primitives:
+                with m.If(self.load):
+                    m.d.sync += word.eq(parts[0] | parts[1] | parts[2] | parts[3])
+            else:
+                high = Signal(WHOLE, name=f"high_{h}_{s}", reset_less=True)
+                with m.If(self.load):
+                    m.d.sync += word.eq(parts[0] | parts[1])
+                with m.If(self.load & self.wide):
+                    m.d.sync += high.eq(parts[2] | parts[3])
+                with m.Elif(self.load):
+                    m.d.sync += high.eq(0)
+                word = word | high
+            words.append(word)
+        first = [Cat(selects[0][j], selects[1][j]) for j in range(positions)]
+        second = [Cat(selects[2][j], selects[3][j]) for j in range(positions)]
+        return words, first, second, sparse
 
     def _operands(self, j, weights, first, second, sparse):
         """What multiplier j gets, in front of its registers."""
@@ -196,7 +220,7 @@ class LanePair(wiring.Component):
             acts=[self.acts[32 * quad + 8 * i : 32 * quad + 8 * i + 8] for i in range(4)],
             weights=(weights[0][j], weights[1][j]),
             codes=(weights[row][2 * quad][:2], weights[row][2 * quad + 1][:2]),
-            shared=self.shared[9 * j : 9 * j + 9],
+            shared=self.shared.word_select(j, self._shared_bits),
         )
 
     def _correction(self, m, weights, sparse):
@@ -212,26 +236,32 @@ class LanePair(wiring.Component):
             rows, mode = delayed, later
         return [Mux(mode, shift_left(row, 8), self.correction) for row in rows], mode
 
-    def _arithmetic(self, m, operands, sparse, corrections, enables):
-        """The same dot products from ordinary sums, as a simulator computes them fastest; registers follow."""
-        (terms, mode), half = corrections, self._positions // 2
-        totals = [Signal(2 * HALF, name=f"total_{r}", reset_less=True) for r in range(2)]
-        with m.If(enables[0] & sparse):
-            m.d.sync += [t.eq(_sparse_sum(m, operands[half * r :][:half])) for r, t in enumerate(totals)]
-        with m.Elif(enables[0]):
-            m.d.sync += totals[0].eq(_dense_sum(m, operands))
-        for stage in range(1, self.latency - 1):
-            later = [Signal(2 * HALF, name=f"total_{r}_{stage}", reset_less=True) for r in range(2)]
-            with m.If(enables[stage]):
-                m.d.sync += [new.eq(old) for new, old in zip(later, totals)]
-            totals = later
-        upper = [(t[HALF:][:DOT_BITS] + t[HALF - 1])[:DOT_BITS] for t in totals]
-        sums = [Mux(mode, upper[0], totals[0][:DOT_BITS]), Mux(mode, upper[1], upper[0])]
-        for r in range(2):
-            dot = Signal(signed(DOT_BITS), name=f"dot_{r}", reset_less=True)
-            with m.If(enables[-1]):
-                m.d.sync += dot.eq(sums[r] + terms[r])
-            m.d.comb += self.dots[r].eq(dot)
+    def _arithmetic(self, m, operands, words, sparse):
+        """The same dot products from ordinary sums, as a simulator computes them fastest; registers follow.
+
+        A sum is read by its register alone, under the condition that it is wanted: a simulator then skips it otherwise.
+        """
+        half, late = self._positions // 2, Signal(name="sparse_late", reset_less=True)
+        totals = [Signal(WHOLE, name=f"total_{r}", reset_less=True) for r in range(2)]
+        codes = Signal(WHOLE, reset_less=True)
+        m.d.sync += late.eq(sparse)
+        with m.If(self.valid & sparse):
+            m.d.sync += codes.eq(sum(words)[:WHOLE])  # a byte of 3 at most from each
+            m.d.sync += [t.eq(_sparse_sum(operands[half * r :][:half])) for r, t in enumerate(totals)]
+        with m.Elif(self.valid):
+            m.d.sync += totals[0].eq(_dense_sum(operands, words))
+        dots = [Signal(signed(DOT_BITS), name=f"sum_{r}", reset_less=True) for r in range(2)]
+        with m.If(late):
+            for r, dot in enumerate(dots):
+                weights = sum(codes.word_select(4 * r + i, 8) for i in range(4))
+                m.d.sync += dot.eq(_upper(totals[r]) + shift_left(3 * half - weights, 8))
+        with m.Else():
+            m.d.sync += [dots[0].eq(totals[0][:DOT_BITS]), dots[1].eq(_upper(totals[0]))]
+        for r, dot in enumerate(dots):
+            dot = Pipe(m).reg(dot, f"sum_{r}", self.latency - 3)
+            m.d.comb += self.dots[r].eq(
+                Pipe(m).reg((dot + self.correction)[:DOT_BITS].as_signed(), f"dot_{r}")
+            )
 
     def _dots(self, m, sums, parities, corrections, enable):
         """Adds the fields of all chains: a row's own chains in a 2:4 step, its field of every chain in a dense one.
@@ -265,31 +295,30 @@ class LanePair(wiring.Component):
             m.d.comb += self.dots[r].eq(dot)
 
 
-def _dense_sum(m, operands) -> Value:
+def _word(words, position) -> Value:
+    """Which of the weight words holds the fields of a position."""
+    return words[position // BLOCK * 4 + position % 4]
+
+
+def _dense_sum(operands, words) -> Value:
     """Both rows' dot products, `HALF` bits apart: a product of one activation and both rows' weights after the other.
 
-    Four positions of both rows lie in one word, so that a shift and a mask take a pair of weights out.
+    A negative lower one has borrowed from the upper.
     """
-    total = Const(0, 2 * HALF)
-    for at in range(0, len(operands), 16):
-        for s in range(4):
-            four, both = operands[at + s : at + 16 : 4], Signal(2 * HALF, name=f"both_{at}_{s}")
-            m.d.comb += both.eq(Cat(o.weights[r] for r in range(2) for o in four))
-            for i, o in enumerate(four):
-                act = Signal(2 * HALF, name=f"act_{at}_{s}_{i}")
-                m.d.comb += act.eq(Cat(o.shared[:8], o.shared[7].replicate(2 * HALF - 8)))
-                pair = (both >> 8 * i) & Const(0xFF << HALF | 0xFF, 2 * HALF)
-                total = (total + (pair * act)[: 2 * HALF])[: 2 * HALF]
+    total = Const(0, WHOLE)
+    for j, o in enumerate(operands):
+        pair = (_word(words, j) >> 8 * (j % BLOCK // 4)) & Const(0xFF << HALF | 0xFF, WHOLE)
+        total = (total + (pair * o.shared)[:WHOLE])[:WHOLE]
     return total
 
 
-def _sparse_sum(m, operands) -> Value:
-    """One row's `sum((a + 128) * (2 c - 3))` in the upper half, off by the carry of the lower one.
+def _sparse_sum(operands) -> Value:
+    """One row's `sum((a + 128) * (2 c - 3))` in the upper half.
 
     A product is (a1 + 128 + (a2 + 128) * 2**HALF) * (w2 + w1 * 2**HALF); weights are odd, so the borrow of a negative
     w2 just clears the lowest bit of w1.
     """
-    total = Const(0, 2 * HALF)
+    total = Const(0, WHOLE)
     for o in operands:
         biased = [act ^ 0x80 for act in o.acts]
         one = Mux(o.first[1], biased[2], Mux(o.first[0], biased[1], biased[0]))
@@ -298,8 +327,13 @@ def _sparse_sum(m, operands) -> Value:
         lower = Cat(Const(1, 1), c2[0], (~c2[1]).replicate(HALF - 2))
         upper = Cat(c2[1], c1[0], (~c1[1]).replicate(HALF - 2))
         x = Cat(one, Const(0, HALF - 8), two, Const(0, HALF - 8))
-        total = (total + (x * Cat(lower, upper))[: 2 * HALF])[: 2 * HALF]
+        total = (total + (x * Cat(lower, upper))[:WHOLE])[:WHOLE]
     return total
+
+
+def _upper(total: Value) -> Value:
+    """The upper half of a word, without what a negative lower half has borrowed."""
+    return (total[HALF:] + total[HALF - 1])[:HALF]
 
 
 def _add(a: Value, b: Value, carry: Value) -> Value:

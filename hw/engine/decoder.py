@@ -4,16 +4,20 @@ The channels' words are taken together (each channel has a deep prefetch FIFO in
 others only when its FIFO runs dry). The order of words is `golden.spec.engine.StreamFormat`.
 """
 
-from amaranth import Cat, Const, Module, Mux, Signal, Value, unsigned
+import itertools
+
+from amaranth import Cat, Const, Module, Mux, Signal, Value
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from golden.spec.engine import STEP, WORD_BITS, Codes, EngineConfig
+from hw.engine.array import BLOCK, WHOLE
 from hw.engine.interfaces import word_stream
 from hw.lib.shared import place
 from hw.lib.streams import StreamFIFO, connect
 
 PATTERN_WORDS = 3
+PLANES = 4
 
 
 class StreamOp(data.Struct):
@@ -45,18 +49,17 @@ class ChannelControl(data.Struct):
     chunk: 2
 
 
-class Step(data.StructLayout):
-    """A channel's weight step: planes of two bits, 2:4 patterns, fp16 records per lane."""
-
-    def __init__(self, lanes: int):
-        super().__init__(
-            {
-                "planes": data.ArrayLayout(unsigned(lanes * STEP * 2), 4),
-                "patterns": data.ArrayLayout(unsigned(lanes * STEP // 2), PATTERN_WORDS),
-                "scale": data.ArrayLayout(unsigned(16), lanes),
-                "minimum": data.ArrayLayout(unsigned(16), lanes),
-            }
-        )
+def step_signature(lanes: int) -> wiring.Signature:
+    """A channel's weight step. `planes[pair][p][h]` is `LanePair.planes[p][h]` of two lanes, `patterns[j]` bit j of all
+    2:4 patterns; `scale` and `minimum` are the lanes' fp16 records."""
+    return wiring.Signature(
+        {
+            "planes": Out(WHOLE).array(lanes // 2, PLANES, STEP // BLOCK),
+            "patterns": Out(lanes * STEP // 2).array(PATTERN_WORDS),
+            "scale": Out(16).array(lanes),
+            "minimum": Out(16).array(lanes),
+        }
+    )
 
 
 class ChannelPlanes(wiring.Component):
@@ -68,7 +71,7 @@ class ChannelPlanes(wiring.Component):
             {
                 "word": In(WORD_BITS),
                 "control": In(ChannelControl),
-                "step": Out(Step(lanes)),
+                "step": Out(step_signature(lanes)),
                 "illegal": Out(1),
             }
         )
@@ -81,37 +84,46 @@ class ChannelPlanes(wiring.Component):
         return m
 
     def _codes(self, m):
-        """A word holds `per_word` planes; `chunk` planes of it at a time enter the step."""
+        """A word holds `per_word` planes; `chunk` planes of it at a time enter the step, and the others move down."""
         c, plane = self.control, self._lanes * STEP * 2
         per_word = WORD_BITS // plane
-        waiting, current = Signal(WORD_BITS, reset_less=True), Signal(WORD_BITS, reset_less=True)
+        waiting = Signal(WORD_BITS, reset_less=True)
         with m.If(c.take_code):
             m.d.sync += waiting.eq(self.word)
         counts = {Codes.U8: 4, Codes.U4: 2, Codes.U2: 1, Codes.S24: 1}
-        with m.If(c.emit), m.Switch(c.codes):
-            for codes, count in counts.items():
-                with m.Case(codes):
-                    if count < per_word:
-                        m.d.sync += current.eq(current >> (count * plane))
-        for p, register in enumerate(self.step.planes):
+        loads, clears = [], []
+        for p in range(PLANES):
             # A plane comes at one place of a word in every format that has it; the others clear it. Two plain controls,
             # so that synthesis uses the registers' enable and reset and no LUT per bit.
-            loads, clears = Signal(name=f"loads_{p}"), Signal(name=f"clears_{p}")
-            source = p % min(per_word, max(counts.values()))
+            loads.append(Signal(name=f"loads_{p}"))
+            clears.append(Signal(name=f"clears_{p}"))
             for codes, count in counts.items():
                 if p < count:
                     taken = min(count, per_word)
                     with m.If((c.codes == codes) & (c.chunk == p // taken)):
-                        m.d.comb += loads.eq(c.emit)
+                        m.d.comb += loads[p].eq(c.emit)
                 else:
                     with m.If(c.codes == codes):
-                        m.d.comb += clears.eq(c.emit)
-            with m.If(clears):
-                m.d.sync += register.eq(0)
-            with m.Elif(loads):
-                m.d.sync += register.eq(current[source * plane :][:plane])
-        with m.If(c.next_code):
-            m.d.sync += current.eq(waiting)
+                        m.d.comb += clears[p].eq(c.emit)
+        for pair, h in itertools.product(range(self._lanes // 2), range(STEP // BLOCK)):
+            current = [
+                Signal(WHOLE, name=f"current_{pair}_{h}_{p}", reset_less=True) for p in range(per_word)
+            ]
+            for p, (load, clear) in enumerate(zip(loads, clears)):
+                register = self.step.planes[pair][p][h]
+                with m.If(clear):
+                    m.d.sync += register.eq(0)
+                with m.Elif(load):
+                    m.d.sync += register.eq(current[p % min(per_word, PLANES)])
+            for p, register in enumerate(current):
+                rows = waiting.word_select(p, plane).word_select(pair, 4 * STEP)
+                with m.If(c.next_code):
+                    m.d.sync += register.eq(Cat(rows.word_select(2 * r + h, 2 * BLOCK) for r in range(2)))
+                with m.Elif(c.emit), m.Switch(c.codes):
+                    for codes, count in counts.items():
+                        if p + count < per_word:
+                            with m.Case(codes):
+                                m.d.sync += register.eq(current[p + count])
 
     def _patterns(self, m):
         """The word in use holds the patterns of several steps; `step` chooses by place, nothing is shifted."""
@@ -311,7 +323,7 @@ class Decoder(wiring.Component):
                 "op": In(stream.Signature(StreamOp)),
                 "words": In(word_stream()).array(config.channels),
                 "step": Out(stream.Signature(0)),
-                "steps": Out(Step(config.lanes_per_channel)).array(config.channels),
+                "steps": Out(step_signature(config.lanes_per_channel)).array(config.channels),
                 "taken": Out(1),
                 "wanted": Out(1),
                 "illegal": Out(1),
@@ -342,8 +354,8 @@ class Decoder(wiring.Component):
             m.d.comb += [
                 planes.word.eq(self.words[c].payload),
                 Value.cast(planes.control).eq(Value.cast(control)),
-                Value.cast(self.steps[c]).eq(Value.cast(planes.step)),
             ]
+            connect(m, planes.step, wiring.flipped(self.steps[c]))
             illegal.append(planes.illegal)
         m.d.sync += self.illegal.eq(Cat(illegal).any())
         self._flow(m, control, incoming, outgoing)

@@ -1,6 +1,6 @@
 """Accumulators to vector words: the output scale, the residual and the way into the vector buffer."""
 
-from amaranth import Cat, Const, Module, Mux, Signal, Value, signed, unsigned
+from amaranth import Cat, Const, EnableInserter, Module, Mux, Signal, Value, signed, unsigned
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -39,13 +39,19 @@ class DrainOp(data.Struct):
 
 
 class ScaleLane(wiring.Component):
-    """`sat(rnd_shift(rnd_shift(acc, pre) * mult, post), 32)`; one per cycle, `latency` cycles after its operands."""
+    """`sat(rnd_shift(rnd_shift(acc, pre) * mult, post), 32)`; one per cycle, `latency` cycles of `move` after its
+    operands."""
 
     latency = 7
 
     def __init__(self):
         super().__init__(
-            {"acc": In(signed(ATTN_ACC_BITS)), "scale": In(OutputScale), "y": Out(signed(VEC_BITS))}
+            {
+                "move": In(1),
+                "acc": In(signed(ATTN_ACC_BITS)),
+                "scale": In(OutputScale),
+                "y": Out(signed(VEC_BITS)),
+            }
         )
 
     def elaborate(self, platform):
@@ -57,7 +63,7 @@ class ScaleLane(wiring.Component):
         product = p.reg((low + shift_left(high, SPLIT))[: PRE_BITS + MULT_BITS].as_signed(), "product")
         rounded = self._round_shift(p, "second", product, p.reg(self.scale.post, "post", 4))
         m.d.sync += self.y.eq(saturate(rounded, VEC_BITS))
-        return m
+        return EnableInserter(self.move)(m)
 
     @staticmethod
     def _coarse(p, name, x, n):
@@ -114,20 +120,26 @@ class Drain(wiring.Component):
             table.w.en.eq(self.table.en),
             Value.cast(table.w.data).eq(Value.cast(self.table.entry)),
         ]
-        m.d.sync += Value.cast(scale).eq(Value.cast(table.r[0].data))
         width = lanes * ATTN_ACC_BITS
-        with m.Switch((group ^ op["turn"])[: len(group)]):
-            for g in range(groups):
-                with m.Case(g):
-                    m.d.sync += Value.cast(acc).eq(Value.cast(self.acc)[g * width :][:width])
+        with m.If(active):
+            m.d.sync += Value.cast(scale).eq(Value.cast(table.r[0].data))
+            with m.Switch((group ^ op["turn"])[: len(group)]):
+                for g in range(groups):
+                    with m.Case(g):
+                        m.d.sync += Value.cast(acc).eq(Value.cast(self.acc)[g * width :][:width])
         m.d.comb += table.r[0].addr.eq(op["entry"])
         writes = self._delay(m, active, address, op, ends)
         for i in range(lanes):
             lane = place(m, platform, f"scale_{i}", "scale_lane", ScaleLane)
             total = Signal(signed(VEC_BITS), name=f"total_{i}", reset_less=True)
             old = self.old.data[VEC_BITS * i :][:VEC_BITS].as_signed()
-            m.d.comb += [lane.acc.eq(acc[i]), Value.cast(lane.scale).eq(Value.cast(scale))]
-            m.d.sync += total.eq(saturate(lane.y + Mux(writes["accumulate"], old, 0), VEC_BITS))
+            m.d.comb += [
+                lane.acc.eq(acc[i]),
+                Value.cast(lane.scale).eq(Value.cast(scale)),
+                lane.move.eq(writes["move"]),
+            ]
+            with m.If(writes["move"]):
+                m.d.sync += total.eq(saturate(lane.y + Mux(writes["accumulate"], old, 0), VEC_BITS))
             for port in (self.y, self.collected):
                 m.d.comb += port.data[VEC_BITS * i :][:VEC_BITS].eq(total)
         return m
@@ -207,4 +219,5 @@ class Drain(wiring.Component):
             self.collected.joins.eq(writing.joins),
         ]
         m.d.sync += self.done.eq(writing.finish)
-        return {"accumulate": adding.accumulate}
+        # Empty stages stand still, on the board for their power and in simulation for their time.
+        return {"accumulate": adding.accumulate, "move": Cat(stage.valid for stage in stages).any()}

@@ -8,7 +8,7 @@ from amaranth.lib.wiring import In, Out
 
 from golden.spec.engine import EngineConfig
 from golden.spec.formats import ATTN_ACC_BITS
-from hw.engine.array import DOT_BITS, LanePair
+from hw.engine.array import DOT_BITS, WHOLE, LanePair
 from hw.lib.arith import digit_product, one_of_four, resize, shift_left, thrice
 from hw.lib.memories import TypedMemory
 from hw.lib.pipeline import Pipe
@@ -90,8 +90,6 @@ class Multipliers(enum.Enum):
 FINE = 2
 """Low bits of a scale's shift, applied to the mantissa in front of the multiplier, which has room for it."""
 MANTISSA_BITS = 11
-WHOLE = 64
-"""A simulator's word."""
 FACTOR_BITS = MANTISSA_BITS + (1 << FINE) - 1
 BEYOND = 5
 """Bit of a tile's shift that says 32 or more: the mantissa of a tile is then 16 instead of 1."""
@@ -166,7 +164,8 @@ class Lane(wiring.Component):
         addend = resize(self.add.addend, WHOLE).as_unsigned() & self.add.values.replicate(WHOLE)
         change = pipe.reg((pipe.reg(terms, "terms", 2) + addend)[:WHOLE], "change", 2)
         old, new = self._accumulators(m)
-        kept = (old >> self.update.decay).as_unsigned() & (~self.update.first).replicate(ATTN_ACC_BITS)
+        shifted = Mux(self.update.decay.any(), old >> self.update.decay, old)  # weights never shift
+        kept = shifted.as_unsigned() & (~self.update.first).replicate(ATTN_ACC_BITS)
         m.d.comb += new.eq((kept + change)[:ATTN_ACC_BITS])
 
     @staticmethod

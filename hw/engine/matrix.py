@@ -9,7 +9,7 @@ from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from golden.spec.engine import SIDE_BITS, STEP, WORD_BITS, Codes, EngineConfig, Error
-from hw.engine.array import DOT_BITS, LanePair, shared_operand
+from hw.engine.array import DOT_BITS, WHOLE, LanePair, shared_operand
 from hw.engine.decoder import Decoder
 from hw.engine.drain import Drain, DrainOp
 from hw.engine.interfaces import (
@@ -106,6 +106,7 @@ class Issue(wiring.Component):
                 "addr": Out(range(config.act_words)),
                 "half": Out(1),
                 "sparse": Out(1),
+                "wide": Out(1),
                 "offset": Out(1),
                 "values": Out(1),
                 "first": Out(1),
@@ -142,6 +143,7 @@ class Issue(wiring.Component):
             self.addr.eq(base + Mux(sparse, step, step >> 1)),
             self.half.eq(step[0]),
             self.sparse.eq(sparse),
+            self.wide.eq(op.codes == Codes.U8),
             self.offset.eq(op.offset),
             self.values.eq(op.values),
             self.first.eq(step == 0),
@@ -298,13 +300,13 @@ class MatrixUnit(wiring.Component):
             fired.eq(issue.fire),
         ]
         side = acts.sides[half]
-        dense, shared = Signal(8 * STEP), Signal(9 * STEP)
+        dense, shared = Signal(8 * STEP), Signal(WHOLE * STEP)
         m.d.comb += [
             dense.eq(Mux(half, acts.codes[8 * STEP :], acts.codes[: 8 * STEP])),
-            shared.eq(shared_operand(dense, sparse)),
+            shared.eq(shared_operand(dense, sparse, WHOLE)),
         ]
         total = -side.addend[: DOT_BITS - 7].as_signed()
-        correction = Mux(offset, Cat(Const(0, 7), total[: DOT_BITS - 7]), 0).as_signed()
+        correction = Mux(offset & ~sparse, Cat(Const(0, 7), total[: DOT_BITS - 7]), 0).as_signed()
         correction = self._delayed(m, "correction", correction, LanePair.latency - 1)
         record, control, add, update = self._controls(m, issue, side, values)
         tokens = self._config.tokens
@@ -316,10 +318,15 @@ class MatrixUnit(wiring.Component):
                 dots.load.eq(issue.load),
                 dots.valid.eq(fired),
                 dots.sparse.eq(issue.sparse),
+                dots.wide.eq(issue.wide),
                 dots.shared.eq(shared),
                 dots.acts.eq(acts.codes),
                 dots.correction.eq(correction),
-                *(dots.planes[p].eq(step.planes[p].word_select(index, 4 * STEP)) for p in range(4)),
+                *(
+                    dots.planes[p][h].eq(plane)
+                    for p, blocks in enumerate(step.planes[index])
+                    for h, plane in enumerate(blocks)
+                ),
                 *(dots.patterns[p].eq(step.patterns[p].word_select(index, STEP)) for p in range(3)),
             ]
             for row in range(2):

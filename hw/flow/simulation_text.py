@@ -13,6 +13,7 @@ value is called `\\$N` and a space follows each escaped name.
 import re
 from collections import Counter
 from collections.abc import Collection
+from graphlib import TopologicalSorter
 
 from hw.flow.verilog import Design
 
@@ -29,6 +30,12 @@ _PROCESS = re.compile(
     re.M,
 )
 _REGISTER = re.compile(rf"^  always @\(posedge clk\)\n    (\\?\S+) *<= ({_TEMPORARY}) ;\n", re.M)
+_ASSIGNED = r"(?: +[^ \n].* <= .*;\n)+"
+_CLOCKED = re.compile(
+    rf"^  always @\(posedge clk\) begin\n(?:    if \(rst\) begin\n({_ASSIGNED})    end else begin\n)?"
+    rf"( +)if \((.*)\) begin\n({_ASSIGNED})\2end\n(?:    end\n)?  end\n",
+    re.M,
+)
 _OPERAND = r"(?:\$signed\()?(?:\\?[^\s(){}+*&|-]+ ?(?:\[\d+(?::\d+)?\])?|\{ [^{}]* \})\)?"
 _MODULAR = re.compile(rf"{_OPERAND} +([+*&|-]) +{_OPERAND} ?|\({_OPERAND} +& +\S+\) << \d+")
 _PLACE = re.compile(rf"(\\?[^\s\[\]{{}}]+) +>> +({_TEMPORARY}) ")
@@ -46,6 +53,7 @@ def for_simulation(text: str) -> str:
         index_words,
         replicate_runs,
         clock_next_states,
+        sink_values,
     ):
         modules = [rewrite(module) for module in modules]
     return "".join(modules)
@@ -186,7 +194,7 @@ def narrow_sums(module: str) -> str:
 
 
 def index_words(module: str) -> str:
-    """A slice instead of a shift, where a place is a multiple that cannot reach beyond the word."""
+    """A slice instead of a shift, where a place is a multiple that lies inside the word or wholly beyond it."""
     values = dict(_ASSIGN.findall(module))
     widths = {name: int(top) + 1 for top, name in _VECTOR.findall(module)}
     wires = {wire[3]: int(wire[2] or 0) + 1 for wire in _WIRE.finditer(module)}
@@ -197,10 +205,13 @@ def index_words(module: str) -> str:
         if not shift or not place or assign[1] not in wires:
             return assign[0]
         bits = int(place[2]) - int(place[3]) + 1 if place[2] else widths.get(place[1], wires.get(place[1], 1))
-        unit, width = int(place[4], 16), wires[assign[1]]
-        if ((1 << bits) - 1) * unit + width > widths.get(shift[1], 0):
-            return assign[0]
-        return f"  assign {assign[1]}  = {shift[1]} [{shift[2]} +: {width}];\n"
+        unit, width, word = int(place[4], 16), wires[assign[1]], widths.get(shift[1], 0)
+        part = f"{shift[1]} [{shift[2]} +: {width}]"
+        if ((1 << bits) - 1) * unit + width > word:
+            if width > unit or word % unit:  # some place would be half inside
+                return assign[0]
+            part = f"{shift[2]} < {word} ? {part} : {width}'h0"
+        return f"  assign {assign[1]}  = {part};\n"
 
     return _ASSIGN.sub(indexed, module)
 
@@ -255,6 +266,72 @@ def _clocked(body: str, name: str, register: str) -> str:
         rest = re.sub(r"^", "  ", body[: reset.start()].rstrip("\n"), flags=re.M)
         body = f"{reset[0][:-1]} else begin\n{rest}\n    end\n"
     return f"  always @(posedge clk) begin\n{body}  end\n"
+
+
+def sink_values(module: str) -> str:
+    """Values that registers of one condition alone read, computed under it: elsewhere they are in every cycle.
+
+    A simulator does so by itself with a value that is read once.
+    """
+    blocks, values = list(_CLOCKED.finditer(module)), dict(_ASSIGN.findall(module))
+    under = _conditions(module, blocks, values)
+    count = Counter(re.findall(rf"({_TEMPORARY}) ", module))
+    parts: list[
+        tuple[frozenset[int], list[str]]
+    ] = []  # blocks that become one, and their values, readers first
+    for name, numbers in under.items():
+        joined = [part for part in parts if part[0] & numbers]
+        names = [other for _, others in joined for other in others]
+        parts = [part for part in parts if not part[0] & numbers]
+        parts.append((numbers.union(*(part[0] for part in joined)), [*names, name]))
+    parts = [
+        (numbers, names) for numbers, names in parts if any(count[n] > 3 for n in names)
+    ]  # declared, set, read
+    texts: dict[int, str] = {}
+    for numbers, names in parts:
+        chosen = [blocks[n] for n in sorted(numbers)]
+        names.sort(key=list(under).index, reverse=True)
+        texts |= dict.fromkeys((block.start() for block in chosen), "")
+        texts[chosen[0].start()] = _joined(chosen, [f"{name}  = {values[name]};\n" for name in names])
+    moved = {name for _, names in parts for name in names}
+    module = _CLOCKED.sub(lambda m: texts.get(m.start(), m[0]), module)
+    module = _ASSIGN.sub(lambda m: "" if m[1] in moved else m[0], module)
+    return _WIRE.sub(lambda m: m[0].replace("wire", "reg", 1) if m[3] in moved else m[0], module)
+
+
+def _conditions(
+    module: str, blocks: list[re.Match[str]], values: dict[str, str]
+) -> dict[str, frozenset[int]]:
+    """Numbers of the blocks that read a value, itself or through others, where nothing else does and they have one
+    condition; readers before what they read."""
+    rest = _CLOCKED.sub("", _ASSIGN.sub("", _WIRE.sub("", module)))
+    texts: list[tuple[str | int, str]] = [(-1, rest), *((-1, block[3]) for block in blocks)]
+    texts += [*values.items(), *((number, block[4]) for number, block in enumerate(blocks))]
+    readers: dict[str, set[str | int]] = {name: set() for name in values}
+    for reader, text in texts:
+        for name in re.findall(rf"({_TEMPORARY}) ", text):
+            readers.get(name, set()).add(reader)
+    under: dict[str, frozenset[int]] = {}
+    for name in TopologicalSorter(
+        {name: [r for r in found if isinstance(r, str)] for name, found in readers.items()}
+    ).static_order():
+        numbers = frozenset[int]().union(
+            *(under.get(r, {-1}) if isinstance(r, str) else {r} for r in readers[name])
+        )
+        if numbers and -1 not in numbers and len({(blocks[n][3], not blocks[n][1]) for n in numbers}) == 1:
+            under[name] = numbers
+    return under
+
+
+def _joined(blocks: list[re.Match[str]], values: list[str]) -> str:
+    """One block of several with one condition, the values that they read in front."""
+    indent, condition = blocks[0][2], blocks[0][3]
+    lines = [f"{indent}if ({condition}) begin\n", *(f"{indent}  {value}" for value in values)]
+    lines += [*(block[4] for block in blocks), f"{indent}end\n"]
+    if blocks[0][1]:
+        resets = "".join(block[1] for block in blocks)
+        lines = [f"    if (rst) begin\n{resets}    end else begin\n", *lines, "    end\n"]
+    return f"  always @(posedge clk) begin\n{''.join(lines)}  end\n"
 
 
 def register_inputs(design: Design, text: str, names: Collection[str]) -> str:

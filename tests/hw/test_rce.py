@@ -7,7 +7,7 @@ import pytest
 from amaranth.sim import Simulator
 
 from golden.spec.formats import SPARSE24_CODES, SPARSE24_PATTERNS
-from hw.engine.array import QUADS, LanePair
+from hw.engine.array import BLOCK, QUADS, WHOLE, LanePair
 from hw.engine.lane import Lane, Multipliers
 
 LENGTH = 40
@@ -21,13 +21,16 @@ def run(dut, bench):
 
 
 def planes_of(rows):
-    """Two-bit planes of stored fields, rows of 32."""
+    """Two-bit planes of stored fields, rows of 32, as words of a block of both rows."""
     return [
-        sum(
-            (code >> 2 * p & 3) << 2 * (32 * r + k)
-            for r, row in enumerate(rows)
-            for k, code in enumerate(row)
-        )
+        [
+            sum(
+                (code >> 2 * p & 3) << 2 * (BLOCK * r + k)
+                for r, row in enumerate(rows)
+                for k, code in enumerate(row[at : at + BLOCK])
+            )
+            for at in range(0, len(rows[0]), BLOCK)
+        ]
         for p in range(4)
     ]
 
@@ -36,9 +39,9 @@ def pack(values):
     return sum((v & 0xFF) << 8 * i for i, v in enumerate(values))
 
 
-def shared(values, sparse):
-    """The second operand that all pairs share (`shared_operand`)."""
-    return sum(((0xFC if sparse else v & 0xFF | (v < 0) << 8) << 9 * i) for i, v in enumerate(values))
+def shared(values):
+    """The second operand that all pairs share (`shared_operand`), as a simulator's words."""
+    return sum(v % (1 << WHOLE) << WHOLE * i for i, v in enumerate(values))
 
 
 def dots_of(cases):
@@ -51,17 +54,19 @@ def dots_of(cases):
             ctx.set(dut.load, 1)
             ctx.set(dut.valid, 1)
             ctx.set(dut.sparse, sparse)
-            for p, plane in enumerate(planes_of(rows)):
-                ctx.set(dut.planes[p], plane)
+            ctx.set(dut.wide, any(code > 15 for row in rows for code in row))
+            for p, blocks in enumerate(planes_of(rows)):
+                for h, plane in enumerate(blocks):
+                    ctx.set(dut.planes[p][h], plane)
             for bit in range(3):
                 ctx.set(
                     dut.patterns[bit], sum((code >> bit & 1) << i for i, code in enumerate(sum(patterns, [])))
                 )
-            pipeline.append((sparse, acts))
+            pipeline.append(acts)
             if len(pipeline) > 1:  # activations come one cycle after their weights
-                sparse, acts = pipeline[-2]
+                acts = pipeline[-2]
                 ctx.set(dut.acts, pack(acts))
-                ctx.set(dut.shared, shared(acts[:32], sparse))
+                ctx.set(dut.shared, shared(acts[:32]))
             await ctx.tick()
             results.append([ctx.get(dut.dots[r]) for r in range(2)])
 

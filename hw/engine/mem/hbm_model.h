@@ -106,8 +106,14 @@ public:
         while (1LL << shift_ < count) shift_++;
         power_ = 1LL << shift_ == count;
     }
-    uint64_t of(uint64_t value) const { return power_ ? value >> shift_ : value / count_; }
-    uint64_t rest(uint64_t value) const { return power_ ? value & (count_ - 1) : value % count_; }
+    uint64_t of(uint64_t value) const {
+        if (power_) [[likely]] return value >> shift_;
+        return value / count_;
+    }
+    uint64_t rest(uint64_t value) const {
+        if (power_) [[likely]] return value & (count_ - 1);
+        return value % count_;
+    }
     int64_t count() const { return count_; }
 
 private:
@@ -177,7 +183,7 @@ private:
 
     Plan plan(const Bank& bank, int64_t group, int64_t row, int64_t ready, bool write) const {
         Plan p{bank.activated, ready, -1};
-        if (bank.row != row) {
+        if (bank.row != row) [[unlikely]] {
             int64_t start = bank.row < 0 ? ready : std::max(ready, bank.may_precharge) + rp_;
             p.activate = activate_slot(std::max(start, bank.may_activate), group);
         }
@@ -186,7 +192,7 @@ private:
     }
 
     // Earliest time from `start` that keeps tRRD to every activate and tFAW over every five.
-    int64_t activate_slot(int64_t start, int64_t group) const {
+    [[gnu::noinline]] int64_t activate_slot(int64_t start, int64_t group) const {
         const int64_t reach = std::max({faw_, rrd_s_, rrd_l_});
         for (bool moved = true; moved;) {
             moved = false;
@@ -222,33 +228,37 @@ private:
     int64_t spacing(int64_t a, int64_t b) const { return a == b ? ccd_l_ : ccd_s_; }
 
     void place_column(Plan& p, int64_t start, int64_t group, bool write) const {
-        const int64_t nearest = std::min(ccd_s_, ccd_l_);
-        if (write == last_was_write_)
-            for (size_t n = 0; n < gaps_.size(); n++) {
-                const Gap& gap = gaps_[n];
-                if (gap.after < start + nearest) continue;  // most end too early
-                int64_t at = std::max(start, gap.before + spacing(gap.before_group, group));
-                if (at + spacing(group, gap.after_group) <= gap.after) {
-                    p.column = at;
-                    p.gap = int(n);
-                    return;
-                }
-            }
         int64_t turn = 0;
-        if (write && !last_was_write_) turn = cl_ + ccd_s_ + 2 * ck_ - cwl_;
-        if (!write && last_was_write_) turn = cwl_ + ccd_s_ + (group == last_group_ ? wtr_l_ : wtr_s_);
+        if (write == last_was_write_) [[likely]] {
+            if (last_gap_end_ >= start + std::min(ccd_s_, ccd_l_) && fits_gap(p, start, group)) [[unlikely]] return;
+        } else {
+            turn = write ? cl_ + ccd_s_ + 2 * ck_ - cwl_ : cwl_ + ccd_s_ + (group == last_group_ ? wtr_l_ : wtr_s_);
+        }
         p.column = std::max(start, last_column_ + std::max(turn, spacing(last_group_, group)));
     }
 
+    // The first idle slot that a column from `start` fits into.
+    [[gnu::noinline]] bool fits_gap(Plan& p, int64_t start, int64_t group) const {
+        for (size_t n = 0; n < gaps_.size(); n++) {
+            const Gap& gap = gaps_[n];
+            const int64_t at = std::max(start, gap.before + spacing(gap.before_group, group));
+            if (at + spacing(group, gap.after_group) > gap.after) continue;
+            p.column = at;
+            p.gap = int(n);
+            return true;
+        }
+        return false;
+    }
+
     void take_column(const Plan& p, int64_t group, bool write) {
-        if (p.gap >= 0) {
+        if (p.gap >= 0) [[unlikely]] {
             Gap old = gaps_[p.gap];
             gaps_.erase(gaps_.begin() + p.gap);
             keep_gap({old.before, old.before_group, p.column, group});
             keep_gap({p.column, group, old.after, old.after_group});
             return;
         }
-        if (stats.accesses && write != last_was_write_) {
+        if (write != last_was_write_ && stats.accesses) [[unlikely]] {
             gaps_.clear();
             stats.turnarounds++;
         } else {
@@ -259,9 +269,12 @@ private:
         last_group_ = group;
     }
     void keep_gap(const Gap& gap) {
-        if (gap.after - gap.before < 2 * ccd_s_) return;
+        if (gap.after - gap.before >= 2 * ccd_s_) [[unlikely]] push_gap(gap);
+    }
+    [[gnu::noinline]] void push_gap(const Gap& gap) {
         if (gaps_.size() == window_.size()) gaps_.erase(gaps_.begin());
         gaps_.push_back(gap);
+        last_gap_end_ = std::max(last_gap_end_, gap.after);
     }
 
     void refresh() {
@@ -283,14 +296,10 @@ private:
         Bank& bank = banks_[index];
         int64_t& slot = window_[next_];
         next_ = next_ + 1 == window_.size() ? 0 : next_ + 1;
-        int64_t ready = std::max(arrival, slot);
-        while (ready >= next_refresh_) refresh();
-        Plan p = plan(bank, group, row, ready, write);
-        while (p.column >= next_refresh_) {
-            refresh();
-            p = plan(bank, group, row, ready, write);
-        }
-        if (bank.row == row) {
+        const int64_t ready = std::max(arrival, slot);
+        Plan p;
+        while ((p = plan(bank, group, row, ready, write)).column >= next_refresh_) [[unlikely]] refresh();
+        if (bank.row == row) [[likely]] {
             stats.hits++;
         } else {
             (bank.row < 0 ? stats.closed : stats.misses)++;
@@ -319,6 +328,7 @@ private:
     // retirement of the one `lookahead` before it, so older ones cannot matter.
     std::deque<Activate> activates_;
     std::vector<Gap> gaps_;
+    int64_t last_gap_end_ = kNever;  // no slot ends later: a stream's next access need not look at any
     int64_t retired_ = kNever, last_column_ = kNever, last_group_ = -1, next_refresh_ = 0;
     bool last_was_write_ = false;
 };
@@ -496,15 +506,16 @@ public:
         awready = bursts_.size() < max_bursts_ && !stalls();
         wready = beats_.size() < 2 * 256 && !stalls();
         if (!bvalid) answer(cycle + 1);
+        settled_ = !random() && idle() && awready && wready && !bvalid && !aw_waiting_ && !w_waiting_;
     }
     void reset() {
         bursts_.clear(), beats_.clear(), lasts_.clear();
         received_ = 0;
-        awready = wready = bvalid = aw_waiting_ = w_waiting_ = false;
+        awready = wready = bvalid = aw_waiting_ = w_waiting_ = settled_ = false;
     }
     bool idle() const { return bursts_.empty() && beats_.empty(); }
     // Ready for a burst with none inside: a cycle that begins none changes nothing, unless it draws a stall.
-    bool settled() const { return !random() && idle() && awready && wready && !bvalid && !aw_waiting_ && !w_waiting_; }
+    bool settled() const { return settled_; }
 
 private:
     struct Beat {
@@ -552,7 +563,7 @@ private:
     std::deque<Beat> beats_;
     std::deque<bool> lasts_;
     size_t received_ = 0;
-    bool aw_waiting_ = false, w_waiting_ = false;
+    bool aw_waiting_ = false, w_waiting_ = false, settled_ = false;
     uint64_t last_addr_ = 0;
 };
 

@@ -1,5 +1,7 @@
 """Verilog for simulation: every rule on a line of its kind, and designs that a proof finds equal before and after."""
 
+import re
+
 import pytest
 from amaranth import Cat, Const, Module, Mux, Signal, signed
 from amaranth.lib import data, wiring
@@ -22,6 +24,7 @@ class Mixture(wiring.Component):
             {
                 "en": In(1),
                 "word": In(64),
+                "short": In(48),
                 "place": In(3),
                 "a": In(signed(5)),
                 "b": In(signed(6)),
@@ -32,16 +35,22 @@ class Mixture(wiring.Component):
                 "crumbs": Out(16),
                 "read": Out(8),
                 "same": Out(2),
+                "halved": Out(9),
+                "kept": Out(4),
+                "beyond": Out(8),
             }
         )
 
     def elaborate(self, platform):
         m = Module()
         chosen = self.word.word_select(self.place, 8)
+        shifted = (self.word[:16] >> self.place)[:9]
         inner = Signal(signed(5), reset_less=True)
         m.d.sync += inner.eq(self.a)
         with m.If(self.en):
             m.d.sync += [self.held.eq(chosen), self.parts.low.eq(chosen[:4])]
+            m.d.sync += self.beyond.eq(self.short.word_select(self.place, 8))
+            m.d.sync += [self.halved.eq((shifted >> 1) + shifted[0]), self.kept.eq(shifted[3:])]
             with m.If(self.a == 3):
                 m.d.sync += self.parts.high.eq(self.parts.high + 1)
             with m.Else():
@@ -104,9 +113,13 @@ def test_every_rule_finds_its_kind():
     text = for_simulation(emit(Mixture(), "top").text)
     assert "held  <= " in text
     assert "always @*" not in text.split("module \\top.memory")[0].split("held  <= ")[0]
-    assert "+: 8]" in text
+    assert "+: 8];" in text
+    assert "< 48 ? short [" in text
     assert "{ 7{ inner[4] } }, inner }" in text
     assert "& 14'h3333) << 1;" in text
+    assert re.search(
+        r"if \(en\) begin\n +\\\$\d+  = word\[15:0\] +>> +place;\n(?: .*;\n)* +halved  <= ", text
+    )
 
 
 # --- rule by rule ---------------------------------------------------------------------------------------------
@@ -141,12 +154,15 @@ def test_a_sum_is_as_wide_as_its_readers():
     assert "wire [2:0] \\$5 ;" in after
 
 
-def test_a_place_that_can_reach_beyond_the_word_stays_a_shift():
+def test_a_place_is_an_index_unless_it_can_be_half_inside_the_word():
     lines = ["reg [{top}:0] word = 64'h0;", "wire [7:0] \\$1 ;", "wire [5:0] \\$2 ;", "assign \\$2  = p[2:0] * 6'h08;",
              "assign \\$1  = word >> \\$2 ;"]  # fmt: skip
-    inside, beyond = (module(*(line.replace("{top}", top) for line in lines)) for top in ("63", "62"))
+    inside, half, beyond = (
+        module(*(line.replace("{top}", top) for line in lines)) for top in ("63", "62", "55")
+    )
     assert "assign \\$1  = word [\\$2 +: 8];" in simulation_text.index_words(inside)
-    assert simulation_text.index_words(beyond) == beyond
+    assert simulation_text.index_words(half) == half
+    assert "assign \\$1  = \\$2 < 56 ? word [\\$2 +: 8] : 8'h0;" in simulation_text.index_words(beyond)
 
 
 @pytest.mark.parametrize("q", ["q", "\\port.q ", "\\q$2 "])
@@ -161,6 +177,39 @@ def test_only_a_next_state_that_nothing_else_reads_is_clocked(q):
     )  # fmt: skip
     read = module(*process, "assign o = \\$1 ;")
     assert simulation_text.clock_next_states(read) == read
+
+
+def register(name, value, condition="en"):
+    return [
+        "always @(posedge clk) begin",
+        f"  if ({condition}) begin",
+        f"    {name}  <= {value};",
+        "  end",
+        "end",
+    ]
+
+
+def test_a_value_is_computed_where_its_registers_want_it():
+    values = [
+        "wire [3:0] \\$1 ;",
+        "wire [3:0] \\$2 ;",
+        "assign \\$1  = a + b;",
+        "assign \\$2  = { \\$1 [0], \\$1  };",
+    ]
+    after = simulation_text.sink_values(module(*values, *register("p", "\\$2 "), *register("q", "\\$1 ")))
+    both = ["\\$1  = a + b;", "\\$2  = { \\$1 [0], \\$1  };", "p  <= \\$2 ;", "q  <= \\$1 ;"]
+    assert after == module(
+        "reg [3:0] \\$1 ;", "reg [3:0] \\$2 ;",
+        "always @(posedge clk) begin", "  if (en) begin", *(f"    {line}" for line in both), "  end", "end",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "reader", [["assign out = \\$1 ;"], register("q", "\\$1 ", "go"), register("q", "d", "\\$1 ")]
+)
+def test_a_value_that_anything_else_reads_stays_where_it_is(reader):
+    before = module("wire \\$1 ;", "assign \\$1  = a & b;", *register("p", "{ \\$1 , \\$1  }"), *reader)
+    assert simulation_text.sink_values(before) == before
 
 
 def test_registered_inputs_keep_the_ports_of_the_design():

@@ -13,8 +13,8 @@ from hw.storage.nfc.order import PageOrder
 
 READ = data.StructLayout({"ppn": layout_of(PPN), **dict(FILTER_DESCRIPTOR.fields)})
 """One page to read: where it lies and what its filter needs to know."""
-COUNTED = data.StructLayout({**dict(READ.members), "others": 5, "both": 1})
-"""A read, its marks but one, and whether both halves of its mask hold any."""
+COUNTED = data.StructLayout({**dict(READ.members), "marks": data.ArrayLayout(5, 2)})
+"""A read and the number of marks in each half of its mask: the halves' sum is due only behind the register."""
 SIZED = data.StructLayout({**dict(READ.members), "last_row": DESCRIPTOR["last_row"].shape})
 """A read and the number of the last beat that passes."""
 OUTSTANDING = 64
@@ -44,21 +44,23 @@ class PageSize(wiring.Component):
         m.d.comb += legal.i.p.mask.eq(self.i.p.mask & legal_marks(self.i.p))
         self._pass(m, legal.o, count.i)
         marks = legal.o.p.mask
-        low, high = marks[: MASK_BITS // 2], marks[MASK_BITS // 2 :]
-        m.d.comb += [count.i.p.others.eq(_ones(marks) - 1), count.i.p.both.eq(low.any() & high.any())]
+        for half in range(2):
+            m.d.comb += count.i.p.marks[half].eq(_ones(marks.word_select(half, MASK_BITS // 2)))
         self._pass(m, count.o, size.i)
         read = count.o.p
+        low, high = read.marks
+        others, both = (low + high - 1)[:5], low.any() & high.any()
         # of 2^s beats for each mark or group the last one's number ends in s ones
         with m.Switch(Cat(read.wide_head, read.kind)):
             for wide in (0, 1):
                 with m.Case(wide | PageKind.K_TOKEN << 1):
-                    m.d.comb += size.i.p.last_row.eq(Cat(Const(-1, 2 + wide), read.others))
+                    m.d.comb += size.i.p.last_row.eq(Cat(Const(-1, 2 + wide), others))
                 with m.Case(wide | PageKind.V_TOKEN << 1):
-                    m.d.comb += size.i.p.last_row.eq(Cat(Const(-1, 6 + wide), read.both))
+                    m.d.comb += size.i.p.last_row.eq(Cat(Const(-1, 6 + wide), both))
             with m.Default(), m.Switch(read.m_log2):
                 for m_log2 in (1, 2, 3):
                     with m.Case(m_log2):
-                        m.d.comb += size.i.p.last_row.eq(Cat(Const(-1, 7 - m_log2), read.others))
+                        m.d.comb += size.i.p.last_row.eq(Cat(Const(-1, 7 - m_log2), others))
         return m
 
     @staticmethod

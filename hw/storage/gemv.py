@@ -13,7 +13,7 @@ from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
 from golden.spec.storage import BEAT_ELEMENTS
-from hw.storage.fp import UNPACKED, Add32, Mul16
+from hw.storage.fp import UNPACKED, Add32, Mul16, pipe
 
 LEVELS = BEAT_ELEMENTS.bit_length() - 1
 LANES_32 = data.ArrayLayout(32, BEAT_ELEMENTS)
@@ -51,12 +51,10 @@ class DotUnit(wiring.Component):
             m.submodules[f"mul_{lane}"] = mul = Mul16()
             m.d.comb += [mul.a.eq(self.a[lane]), mul.b.eq(self.b[lane])]
             products.append(mul.o)
-        spread = self.spread
-        for stage in range(self.product_latency):
-            delayed = Signal(name=f"spread_{stage}", reset_less=True)
-            m.d.sync += delayed.eq(spread)
-            spread = delayed
-        # One copy per adder keeps the select's fan-out local; the adders hold it for their whole phase.
+        # The last stage has a reset, so that it stays a register: a shift register is slow to give its bit, and the
+        # adders compare what they select.
+        spread = Signal()
+        m.d.sync += spread.eq(pipe(m, self.spread, self.product_latency - 1, "spread"))
         row, used, adders = products, 0, []
         while len(row) > 1:
             sums = []

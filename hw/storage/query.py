@@ -57,12 +57,14 @@ class QueryUnit(wiring.Component):
         # --- 1: pick the element; 2 and 3: unpack; magnitude beside it
         tag = Cat(walking & ~second, walking & second & self.marks.bit_select(element, 1), element, query)
         tag_1 = pipe(m, tag, 1, "tag_1")
-        pattern_2 = _registered(m, "pattern_2", self.elements[tag_1[2:6]])
+        pattern = Signal(16)
+        m.d.comb += pattern.eq(self.elements[tag_1[2:6]])
+        pattern_2 = _registered(m, "pattern_2", pattern)
+        normal_2 = _registered(m, "normal_2", pattern[10:15].any())
         tag_2 = _registered(m, "tag_2", tag_1)
-        exponent = pattern_2[10:15]
         # A subnormal counts as exponent 1; one place too far and back again costs no subtraction.
-        places = exponent | ~exponent.any()
-        magnitude_3 = _registered(m, "magnitude_3", (Cat(pattern_2[:10], exponent.any()) << places) >> 1)
+        places = pattern_2[10:15] | ~normal_2
+        magnitude_3 = _registered(m, "magnitude_3", (Cat(pattern_2[:10], normal_2) << places) >> 1)
         tag_3 = _registered(m, "tag_3", tag_2)
         all_sum = Array(Signal(MAGNITUDE_BITS, name=f"all_{n}") for n in range(self._lanes))
         marked_sum = Array(Signal(MAGNITUDE_BITS, name=f"marked_{n}") for n in range(self._lanes))
@@ -91,10 +93,11 @@ class QueryUnit(wiring.Component):
             add.a.eq(Mux(tag_5[9:] == 0, 0, sums.r[0].data)),
             add.b.eq(_registered(m, "single_5", single)),
         ]
-        summed = pipe(m, tag_5, Add32.latency, "summed")
+        final_5 = tag_5[0] & (tag_5[9:] == self.queries)  # of the channel's sum
+        summed = pipe(m, Cat(tag_5[:9], final_5), Add32.latency, "summed")
         m.d.comb += [sums.w.addr.eq(summed[2:9]), sums.w.data.eq(add.o), sums.w.en.eq(summed[0])]
         m.d.comb += [
-            select.i.valid.eq(summed[0] & (summed[9:] == self.queries)),
+            select.i.valid.eq(summed[9]),
             select.i.payload[0].eq(add.o),
             select.cmd.p.count.eq(Mux(self.wide, 128, 64)),
             select.cmd.p.k.eq(self.r),

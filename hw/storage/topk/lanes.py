@@ -1,6 +1,6 @@
 """Per-lane comparison, the sum over lanes, and the tie rule of the top-k unit."""
 
-from amaranth import Const, Module, Mux, Signal, Value
+from amaranth import Array, Const, Module, Mux, Signal, Value
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -26,7 +26,7 @@ class LaneCompare(wiring.Component):
     """Compare the leading `known` digits of a key with those of the threshold; results one cycle later.
 
     `above`: the key's leading digits are greater. `equal`: they agree. `digit`: the key's digit number `known`,
-    counted from the most significant one, so that it is the next to be counted.
+    counted from the most significant one, so that it is the next to be counted; any while all are known.
     """
 
     latency = 1
@@ -50,14 +50,13 @@ class LaneCompare(wiring.Component):
         fields = [self.key.word_select(digits - 1 - n, self._digit_bits) for n in range(digits)]
         above, equal = Signal(digits), Signal(digits)
         next_digit = Signal(self._digit_bits)
+        m.d.sync += next_digit.eq(Array(fields)[self.known])
         for n, field in enumerate(fields):
             use = n < self.known
             m.d.sync += [
                 above[n].eq(use & (field > self.threshold[n])),
                 equal[n].eq(~use | (field == self.threshold[n])),
             ]
-            with m.If(self.known == n):
-                m.d.sync += next_digit.eq(field)
         result: Value = Const(0, 1)
         for n in reversed(range(digits)):
             result = above[n] | (equal[n] & result)

@@ -89,7 +89,7 @@ class TopK(wiring.Component):
             m.submodules[f"keys_{index}"] = bank
 
         count, need = Signal(range(self.max_count + 1)), Signal(range(self.max_count + 1))
-        last_row = Signal(range(self.rows))
+        last_row, last_group = Signal(range(self.rows)), Signal(range(groups))  # the last beat's
         last_mask = Signal(lanes)  # lanes of the last row that hold an index
         threshold = Signal(data.ArrayLayout(dbits, digits))  # element 0 is the most significant digit
         known = Signal(range(digits + 1))  # leading digits of the threshold found so far
@@ -97,11 +97,12 @@ class TopK(wiring.Component):
 
         row = Signal(range(self.rows))
         group = Signal(range(groups))
-        bin_ = Signal(dbits)
+        bin_ = Signal(dbits, init=(1 << dbits) - 1)
 
         # --- read pipeline: row -> memory -> register -> comparison against the known digits
         issue, issued, fetched, compared = Signal(), Signal(), Signal(), Signal()
         issued_last, fetched_last, compared_last = Signal(), Signal(), Signal()
+        all_issued = issued & issued_last  # in the cycle after the last row's, whatever row that is
         issued_row, fetched_row, compared_row = (Signal(range(self.rows)) for _ in range(3))
         keys = Signal(data.ArrayLayout(self.key_bits, lanes))
         m.d.sync += [
@@ -135,11 +136,13 @@ class TopK(wiring.Component):
         banks = []
         scanning, counting_new = Signal(), Signal()
         beat_valid, beat_group, beat_last = Signal(), Signal(range(groups)), Signal()
+        ready = Signal()  # a register: it falls in the cycle after the last beat
+        accept = self.i.valid & ready
         beat_row = Signal(range(self.rows))
         beat = Signal(data.ArrayLayout(self.key_bits, self.in_lanes))
         first_forced = Signal(range(self.max_count + 1))
         m.d.sync += [
-            beat_valid.eq(self.i.valid & self.i.ready),
+            beat_valid.eq(accept),
             beat_group.eq(group),
             beat_row.eq(row),
             beat_last.eq(row == last_row),
@@ -175,19 +178,17 @@ class TopK(wiring.Component):
         m.d.sync += [scan_pipe.eq(Cat(scanning, scan_pipe)), bin_pipe[0].eq(bin_)]
         m.d.sync += [bin_pipe[n].eq(bin_pipe[n - 1]) for n in range(1, scan_latency)]
         left = Signal(range(self.max_count + 1))  # of `need`, what the bins above have not covered
-        left_after = Signal(range(-self.max_count - 1, self.max_count + 1))
         found, clearing, exact = Signal(), Signal(), Signal()
-        m.d.comb += left_after.eq(left - total)
         with m.If(scan_pipe[-1] & ~found & ~clearing):
-            with m.If(left_after <= 0):
+            with m.If(left <= total):
                 m.d.sync += [
                     found.eq(1),
                     need.eq(left),
-                    exact.eq(left_after == 0),
+                    exact.eq(left == total),
                     Array(threshold)[known].eq(bin_pipe[-1]),
                 ]
             with m.Else():
-                m.d.sync += left.eq(left_after[: len(left)])
+                m.d.sync += left.eq(left - total)
 
         # --- emission: ties at the threshold in index order, then a queue that hides the pipeline from stalls
         emitting, emit_start = Signal(), Signal()
@@ -217,12 +218,18 @@ class TopK(wiring.Component):
 
         # --- control
         drain = Signal(range(8))
-        m.d.comb += self.busy.eq(1)
+        m.d.comb += [self.busy.eq(1), self.i.ready.eq(ready)]
+        with m.If(accept):
+            m.d.sync += group.eq(group + 1)
+            with m.If(group == groups - 1):
+                m.d.sync += [row.eq(row + 1), group.eq(0)]
+            with m.If((row == last_row) & (group == last_group)):
+                m.d.sync += ready.eq(0)
         with m.FSM(init="CLEAR"):
             with m.State("CLEAR"):
                 m.d.comb += [scanning.eq(1), clearing.eq(1)]
                 m.d.sync += bin_.eq(bin_ - 1)
-                with m.If(bin_ == 1):
+                with m.If(bin_ == 0):
                     m.next = "SETTLE"
             with m.State("SETTLE"):
                 m.d.comb += clearing.eq(1)
@@ -242,25 +249,17 @@ class TopK(wiring.Component):
                     m.next = "PREPARE"
             with m.State("PREPARE"):
                 m.d.sync += [
-                    last_row.eq((count - 1) >> ceil_log2(lanes)),
+                    Cat(last_group, last_row).eq((count - 1) >> ceil_log2(self.in_lanes)),
                     last_mask.eq((2 << (count - 1)[: ceil_log2(lanes)]) - 1),
                     need.eq(Mux(need > count, count, need)),
                     nothing.eq(need == 0),
                 ]
+                m.d.sync += ready.eq(1)
                 m.next = "LOAD"
             with m.State("LOAD"):
-                m.d.comb += self.i.ready.eq(1)
-                last_beat = Signal()
-                m.d.comb += last_beat.eq(
-                    (Cat(group, row) if groups > 1 else row) == (count - 1) >> ceil_log2(self.in_lanes)
-                )
-                with m.If(self.i.valid):
-                    m.d.sync += group.eq(group + 1)
-                    with m.If(group == groups - 1):
-                        m.d.sync += [row.eq(row + 1), group.eq(0)]
-                    with m.If(last_beat):
-                        m.d.sync += drain.eq(2)
-                        m.next = "DRAIN"
+                m.d.sync += drain.eq(1)
+                with m.If(~ready):
+                    m.next = "DRAIN"
             with m.State("DRAIN"):  # the last digits reach their bins
                 m.d.sync += [drain.eq(drain - 1), bin_.eq((1 << dbits) - 1), left.eq(need), found.eq(0)]
                 with m.If(drain == 0):
@@ -277,25 +276,26 @@ class TopK(wiring.Component):
                 with m.Else():
                     m.next = "REFINE"
             with m.State("REFINE"):
-                m.d.comb += [issue.eq(1), counting_new.eq(1)]
-                m.d.sync += row.eq(row + 1)
-                with m.If(row == last_row):
+                m.d.comb += counting_new.eq(1)
+                with m.If(all_issued):
                     m.next = "REFINE-DRAIN"
+                with m.Else():
+                    m.d.comb += issue.eq(1)
+                    m.d.sync += row.eq(row + 1)
             with m.State("REFINE-DRAIN"):
                 m.d.comb += counting_new.eq(1)
                 m.d.sync += drain.eq(2)
                 with m.If(compared & compared_last):
                     m.next = "DRAIN"
             with m.State("EMIT"):
-                m.d.comb += [emitting.eq(1), emit_start.eq(row == 0)]
-                m.d.comb += issue.eq(credit != 0)
-                with m.If(issue):
+                m.d.comb += emitting.eq(1)
+                with m.If(all_issued):
+                    m.next = "EMIT-DRAIN"
+                with m.Elif(credit != 0):
+                    m.d.comb += [issue.eq(1), emit_start.eq(row == 0)]
                     m.d.sync += row.eq(row + 1)
-                    with m.If(row == last_row):
-                        m.next = "EMIT-DRAIN"
             with m.State("EMIT-DRAIN"):
                 m.d.comb += emitting.eq(1)
-                m.d.sync += bin_.eq(0)
                 with m.If(taken & self.o.payload.last):
                     m.next = "IDLE"
         return m

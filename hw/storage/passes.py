@@ -162,8 +162,10 @@ class SelectedPages(wiring.Component):
         return m
 
 
+WIDEST = 8
+"""Channels of the widest group."""
 CHANNEL_WANT = data.StructLayout(
-    {"index": TOKEN_BITS, "mask": 8, "group": 6, "first": 1, "last": 1, "block_end": 1}
+    {"index": TOKEN_BITS, "mask": WIDEST, "group": 6, "first": 1, "last": 1, "block_end": 1}
 )
 
 
@@ -177,21 +179,32 @@ class ChannelPass(wiring.Component):
     marks: In(128)
     o: Out(stream.Signature(CHANNEL_WANT))
 
+    def __init__(self):
+        super().__init__()
+        # State that proofs refer to: marks of the block from the present group on, tokens from the present block on;
+        # and whether marks lie beyond the widest group, known a cycle ahead, so that only eight are looked at in time.
+        self.active, self.rest, self.left = Signal(), Signal(128), Signal(TOKEN_BITS + 1)
+        self.beyond = Signal()
+
     def elaborate(self, platform):
         m = Module()
-        rest, left = Signal(128), Signal(TOKEN_BITS + 1)
-        group, base = Signal(7), Signal(TOKEN_BITS)
-        active, begun = Signal(), Signal()
-        here, after = Signal(8), Signal(128)
+        active, rest, left, beyond = self.active, self.rest, self.left, self.beyond
+        group, base, begun = Signal(6), Signal(TOKEN_BITS), Signal()
+        here, after = Signal(WIDEST), Signal(128)
         span = Signal(11)
+        near, still_beyond = Signal(), Signal()
         with m.Switch(self.m_log2):
             for log2 in (1, 2, 3):
-                with m.Case(log2):
+                with m.Case(log2) if log2 < 3 else m.Default():
                     m.d.comb += [
                         here.eq(rest[: 1 << log2]),
+                        near.eq(rest[1 << log2 : WIDEST].any()),
                         after.eq(rest >> (1 << log2)),
+                        still_beyond.eq(rest[WIDEST + (1 << log2) :].any()),
                         span.eq(2048 >> log2),
                     ]
+        marked_beyond = self.marks[WIDEST:].any()
+        last_group = ~(near | beyond)
         last_block = left <= span
         groups = (Mux(self.wide, 128, 64) >> self.m_log2)[:7]
         m.d.comb += [
@@ -200,18 +213,19 @@ class ChannelPass(wiring.Component):
             self.o.p.mask.eq(here),
             self.o.p.group.eq(group),
             self.o.p.first.eq(~begun),
-            self.o.p.block_end.eq(~after.any()),
-            self.o.p.last.eq(~after.any() & last_block),
+            self.o.p.block_end.eq(last_group),
+            self.o.p.last.eq(last_group & last_block),
         ]
         with m.If(self.start):
             m.d.sync += [rest.eq(self.marks), left.eq(self.tokens), group.eq(0), base.eq(0)]
-            m.d.sync += [active.eq(1), begun.eq(0)]
+            m.d.sync += [active.eq(1), begun.eq(0), beyond.eq(marked_beyond)]
         with m.Elif(active & (self.o.ready | ~here.any())):
-            m.d.sync += [rest.eq(after), group.eq(group + 1)]
+            m.d.sync += [rest.eq(after), group.eq(group + 1), beyond.eq(still_beyond)]
             with m.If(self.o.valid):
                 m.d.sync += begun.eq(1)
-            with m.If(~after.any()):
+            with m.If(last_group):
                 m.d.sync += [rest.eq(self.marks), group.eq(0), base.eq(base + groups), left.eq(left - span)]
+                m.d.sync += beyond.eq(marked_beyond)
                 with m.If(last_block):
                     m.d.sync += active.eq(0)
         return m

@@ -4,10 +4,10 @@ from amaranth import Cat, Module, Mux, Signal, Value
 from amaranth.hdl import Assert, Assume
 from amaranth.lib import data
 
-from golden.spec.storage import CONFIG, PPN, PageKind, Status
+from golden.spec.storage import CONFIG, PPN, TOKEN_BITS, PageKind, Status
 from hw.storage.nfc.layouts import layout_of
-from hw.storage.passes import LEDGER, PAGE_STEP, WANT, Requester, TokenPass
-from tests.hw.formal.harness import Proof, producer, stable, without_reset
+from hw.storage.passes import LEDGER, PAGE_STEP, WANT, WIDEST, ChannelPass, Requester, TokenPass
+from tests.hw.formal.harness import Proof, past, producer, stable, without_reset
 
 
 class TokenPassProof(Proof):
@@ -62,6 +62,69 @@ class TokenPassProof(Proof):
             m.d.sync += [older.eq(newer), older_due.eq(newer_due), newer_due.eq(0)]
             with m.If(final):
                 m.d.sync += [begun.eq(0), ended.eq(0)]
+        return m
+
+
+class ChannelPassProof(Proof):
+    """Every channel group with a mark gives its page once per block of tokens, in order, with its own marks and number;
+    `block_end` is with the block's last such page, `first` and `last` with those of the pass.
+
+    The reference asks the whole vector of marks at every group. Marks, head size, m and tokens are free and held.
+    """
+
+    def __init__(self):
+        held = {"wide": 1, "m_log2": 2, "tokens": TOKEN_BITS + 1, "marks": 128}
+        super().__init__({**held, "start": 1, "ready": 1})
+
+    def elaborate(self, platform):
+        m = Module()
+        m.submodules.dut = dut = ChannelPass()
+        held = [self.wide, self.m_log2, self.tokens, self.marks]
+        live, before = past(m, *held)
+        m.d.comb += [Assume(self.m_log2 != 0), Assume(self.marks.any()), Assume(self.tokens != 0)]
+        m.d.comb += Assume(self.wide | ~self.marks[64:].any())
+        with m.If(live):
+            m.d.comb += [Assume(value == was) for value, was in zip(held, before)]
+        m.d.comb += [
+            *(getattr(dut, name).eq(getattr(self, name)) for name in ("wide", "m_log2", "tokens", "marks")),
+            dut.start.eq(self.start),
+            dut.o.ready.eq(self.ready),
+        ]
+        active, begun, group, base = Signal(), Signal(), Signal(6), Signal.like(Value.cast(dut.o.p.index))
+        left, marks, out = Signal.like(self.tokens), Signal(128), dut.o.p
+        size, span = Signal(4), Signal(11)
+        m.d.comb += [
+            marks.eq(self.marks >> (group << self.m_log2)),
+            size.eq(1 << self.m_log2),
+            span.eq(2048 >> self.m_log2),
+        ]
+        wanted = marks & ((1 << size) - 1)[:WIDEST]
+        block_end = (marks >> size) == 0
+        final = block_end & (left <= span)
+        # Ties between the reference and the design, for the induction.
+        m.d.comb += [Assert(dut.active == active), Assert(~active | (out.group == group))]
+        with m.If(active):
+            m.d.comb += [
+                Assert(marks.any()),
+                Assert(dut.rest == marks),
+                Assert(dut.left == left),
+                Assert(dut.beyond == marks[WIDEST:].any()),
+                Assert(dut.o.valid == wanted.any()),
+                Assert(Value.cast(out.index) == (base + group)[: len(base)]),
+                Assert(out.mask == wanted),
+                Assert(out.first == ~begun),
+                Assert(out.block_end == block_end),
+                Assert(out.last == final),
+            ]
+        with m.Else():
+            m.d.comb += Assert(~dut.o.valid)
+        with m.If(self.start):
+            m.d.sync += [active.eq(1), begun.eq(0), group.eq(0), base.eq(0), left.eq(self.tokens)]
+        with m.Elif(active & (self.ready | ~wanted.any())):
+            m.d.sync += [begun.eq(begun | wanted.any()), group.eq(group + 1)]
+            with m.If(block_end):
+                m.d.sync += [group.eq(0), base.eq(base + (Mux(self.wide, 128, 64) >> self.m_log2)[:7])]
+                m.d.sync += [left.eq(left - span), active.eq(~final)]
         return m
 
 

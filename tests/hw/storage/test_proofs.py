@@ -30,6 +30,29 @@ def test_the_proof_notices(name, monkeypatch):
         prove(proof, "token_pass_mutant", depth=12, induction=False)
 
 
+def test_every_channel_page_that_holds_a_marked_channel_is_wanted_once_and_in_order():
+    prove(proofs.ChannelPassProof(), "channel_pass_proof", depth=4)
+
+
+CHANNEL_MUTATIONS = {
+    "a mark just beyond the widest group is not seen": ("rest[WIDEST + (1 << log2) :]", "rest[WIDEST + 8 :]"),
+    "a mark near the group is not seen": ("last_group = ~(near | beyond)", "last_group = ~beyond"),
+    "the next block's marks are not looked at": (
+        "beyond.eq(marked_beyond)\n                with",
+        "beyond.eq(0)\n                with",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANNEL_MUTATIONS)
+def test_the_channel_pass_proof_notices(name, monkeypatch):
+    changed = mutant(passes, *CHANNEL_MUTATIONS[name])
+    monkeypatch.setattr(proofs, "ChannelPass", changed.ChannelPass)
+    proof = proofs.ChannelPassProof()
+    with pytest.raises(ProofFailed, match="the first 4 cycles"):
+        prove(proof, "channel_pass_mutant", depth=4)
+
+
 def test_a_wanted_page_is_asked_for_read_once_and_entered_in_its_ledger():
     """Minutes of solver time, which is why the bound is no higher."""
     prove(proofs.RequesterProof(), "requesterproof", depth=8, induction=False, timeout_s=1500)

@@ -274,12 +274,17 @@ class Requester(wiring.Component):
         answer = self.descriptor.p
         page = data.View(layout_of(PPN), answer.ppn)
         status = Signal(4)
-        outside = ~answer.dram & (
-            (page.channel >= self.config.channels)
-            | (page.die >= self.config.dies)
-            | (page.block >= self.config.blocks)
-            | (page.page >= self.config.pages)
+        # kept, so that synthesis builds the comparisons side by side and not one behind the other
+        beyond = Signal(4, attrs={"keep": 1})
+        m.d.comb += beyond.eq(
+            Cat(
+                page.channel >= self.config.channels,
+                page.die >= self.config.dies,
+                page.block >= self.config.blocks,
+                page.page >= self.config.pages,
+            )
         )
+        outside = beyond.any() & ~answer.dram
         quiet = asked.ledger.status != 0
         with m.If(quiet):
             m.d.comb += status.eq(asked.ledger.status)
@@ -287,21 +292,22 @@ class Requester(wiring.Component):
             m.d.comb += status.eq(Status.UNMAPPED_PAGE)
         with m.Elif(outside):
             m.d.comb += status.eq(Status.OUTSIDE_DEVICE)
-        good = status == 0
+        good = Signal()
+        m.d.comb += good.eq(~quiet & answer.mapped & ~outside)
         known = pending.o.valid & (quiet | self.descriptor.valid)
-        room, go = Signal(), Signal()
-        ledgers = []
+        # The comparison with the bounds is there last: each ledger joins it with the rest itself, not by way of `go`.
+        able, taken, go = Signal(2), Signal(), Signal()
         for kernel in range(2):
             m.submodules[f"ledger_{kernel}"] = queue = StreamFIFO(LEDGER, self._depth, kind="block")
             connect(m, wiring.flipped(self.ledger[kernel]), queue.o)
             m.d.comb += queue.i.payload.eq(Cat(asked.ledger))
             m.d.comb += queue.i.p.status.eq(status)
-            m.d.comb += queue.i.valid.eq(go & (asked.kernel == kernel))
-            ledgers.append(queue)
+            m.d.comb += able[kernel].eq(known & (asked.kernel == kernel) & queue.i.ready)
+            m.d.comb += queue.i.valid.eq(able[kernel] & taken)
         m.d.comb += [
-            room.eq(Mux(asked.kernel, ledgers[1].i.ready, ledgers[0].i.ready)),
-            self.read.valid.eq(known & good & room),
-            go.eq(known & room & (self.read.ready | ~good)),
+            taken.eq(self.read.ready | ~good),
+            self.read.valid.eq(able.any() & good),
+            go.eq(able.any() & taken),
             pending.o.ready.eq(go),
             self.descriptor.ready.eq(go & ~quiet),
             self.read.p.ppn.eq(answer.ppn),

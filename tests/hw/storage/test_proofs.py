@@ -62,8 +62,8 @@ REQUESTER_MUTATIONS = {
     "the group buffer is read from a flash channel": ("ppn.channel.eq(self._channels)", "ppn.channel.eq(0)"),
     "the last die is outside": ("page.die >= self.config.dies", "page.die + 1 >= self.config.dies"),
     "a page that is not mapped is read": (
-        "self.read.valid.eq(known & good & room)",
-        "self.read.valid.eq(known & room)",
+        "self.read.valid.eq(able.any() & good)",
+        "self.read.valid.eq(able.any())",
     ),
     "a page enters the other kernel's ledger": ("asked.kernel == kernel", "asked.kernel != kernel"),
 }

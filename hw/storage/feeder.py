@@ -81,6 +81,15 @@ class Feeder(wiring.Component):
         ending = Signal()
         settled = self._settled(m, ending)
         drained = Signal(7)  # rows of the block that have been scored
+        # A page's beats pass in state "beats", which is a register of its own: their handshake awaits no decoder.
+        passing, skip = Signal(), failed & ~approximate
+        moved = passing & self.page.valid & (self.o.ready | skip)
+        with m.If(passing):
+            m.d.comb += self.page.ready.eq(self.o.ready | skip)
+        with m.If(moved):
+            self._advance(m, page)
+            with m.If(self._row_end):
+                m.d.sync += fresh.eq(0)
 
         with m.FSM():
             with m.State("idle"), m.If(self.ledger.valid):
@@ -95,11 +104,12 @@ class Feeder(wiring.Component):
                 ]
                 m.next = "start"
             with m.State("start"):
+                known = approximate | ~self.job.sparse | self.ready
                 m.d.comb += [
                     beat.op.eq(Op.START),
                     beat.first.eq(1),
                     beat.last.eq(1),
-                    self.o.valid.eq(approximate | ~self.job.sparse | self.ready),
+                    self.o.valid.eq(known),
                 ]
                 head = data.View(HEAD, Cat(beat.data)[: HEAD.size])
                 m.d.comb += [
@@ -109,24 +119,24 @@ class Feeder(wiring.Component):
                     head.sparse.eq(exact_sparse),
                 ]
                 m.d.sync += left.eq(self.job.tokens)
-                with m.If(self.o.valid & self.o.ready):
+                with m.If(known & self.o.ready):
                     m.next = "fetch"
             with m.State("fetch"):
                 m.next = "query"
             with m.State("query"):
-                mean = row == MEAN_ROW
+                mean, row_read = row == MEAN_ROW, slice_ == last_slice
                 m.d.comb += [
                     beat.op.eq(Mux(mean, Op.MEAN, Op.QUERY)),
                     beat.data.eq(self.elements),
                     beat.index.eq(row),
                     beat.first.eq(slice_ == 0),
-                    beat.last.eq(slice_ == last_slice),
+                    beat.last.eq(row_read),
                     self.o.valid.eq(1),
                 ]
                 with m.If(self.o.ready):
                     m.d.sync += slice_.eq(slice_ + 1)
                     m.next = "fetch"
-                    with m.If(beat.last):
+                    with m.If(row_read):
                         m.d.sync += [slice_.eq(0), row.eq(Mux(row == self.queries, MEAN_ROW, row + 1))]
                         with m.If(mean | ((row == self.queries) & ~exact_sparse)):
                             m.next = "page"
@@ -141,21 +151,15 @@ class Feeder(wiring.Component):
                         m.d.sync += failed.eq(1)
                         m.next = "next"
                     with m.Else():
+                        m.d.sync += passing.eq(1)
                         m.next = "beats"
                         self._begin(m, page)
             with m.State("beats"):
-                skip = failed & ~approximate
                 self._beat(m, fresh, entry)
-                m.d.comb += [
-                    self.o.valid.eq(self.page.valid & ~skip),
-                    self.page.ready.eq(self.o.ready | skip),
-                ]
-                with m.If(self.page.valid & self.page.ready):
-                    self._advance(m, page)
-                    with m.If(self._row_end):
-                        m.d.sync += fresh.eq(0)
-                    with m.If(page.last):
-                        m.next = "next"
+                m.d.comb += self.o.valid.eq(self.page.valid & ~skip)
+                with m.If(moved & page.last):
+                    m.d.sync += passing.eq(0)
+                    m.next = "next"
             with m.State("next"):
                 m.d.comb += self.ledger.ready.eq(1)
                 m.d.sync += drained.eq(0)
@@ -202,8 +206,10 @@ class Feeder(wiring.Component):
     def _forward(self, m, entry, failed):
         self._half = Signal()  # which group of 16 tokens of the page
         self._count = Signal(7)  # beat of the row, token or group
+        self._first = Signal()  # it begins a block, or the row of a channel
+        self._row_end = Signal()  # it ends its row, token or group
         self._marks = Signal(16)  # tokens or channels of the block still to come, the present one included
-        self._row_end = Signal()
+        self._others = self._marks & (self._marks - 1)[:16]  # without the present one, which is the lowest
 
     def _begin(self, m, page):
         """Before a page's first beat."""
@@ -211,53 +217,57 @@ class Feeder(wiring.Component):
         m.d.sync += [
             self._half.eq(~low),
             self._count.eq(0),
+            self._row_end.eq(0),
+            self._first.eq(1),
             self._marks.eq(Mux(low, page.mask[:16], page.mask[16:])),
         ]
 
     def _beat(self, m, fresh, entry):
         page, beat = self.page.p, self.o.p
-        one_left = (self._marks & (self._marks - 1)[:16]) == 0
-        lowest = self._marks & (-self._marks)[:16]
+        one_left = self._others == 0
+        lowest = self._marks & ~self._others
         channel = Cat((lowest & sum(1 << n for n in range(16) if n >> bit & 1)).any() for bit in range(3))
-        token_end = self._count == Mux(self.wide, 7, 3)
-        value_end = self._count == Mux(self.wide, 127, 63)
-        row_end = self._count == ((128 >> self.m_log2) - 1)
         no_more = self._half | ~page.mask[16:].any()
         m.d.comb += [beat.data.eq(page.data), beat.mask.eq(Mux(self._half, page.mask[16:], page.mask[:16]))]
-        full = Signal(16)
-        m.d.comb += full.eq(beat.mask)
+        m.d.comb += beat.first.eq(self._first)
         with m.Switch(page.kind):
             with m.Case(PageKind.K_TOKEN):
                 m.d.comb += [
                     beat.op.eq(Op.K),
-                    beat.first.eq((self._count == 0) & (self._marks == full)),
-                    beat.last.eq(token_end & one_left),
-                    self._row_end.eq(token_end),
+                    beat.last.eq(self._row_end & one_left),
                 ]
             with m.Case(PageKind.V_TOKEN):
                 m.d.comb += [
                     beat.op.eq(Op.V),
-                    beat.first.eq(self._count == 0),
-                    beat.last.eq(value_end),
+                    beat.last.eq(self._row_end),
                     beat.flag.eq(entry.last & no_more),
-                    self._row_end.eq(value_end),
                 ]
             with m.Default():
                 m.d.comb += [
                     beat.op.eq(Op.CHANNEL),
                     beat.index.eq((entry.group << self.m_log2) + channel),
-                    beat.first.eq(self._count == 0),
-                    beat.last.eq(row_end),
+                    beat.last.eq(self._row_end),
                     beat.flag.eq(fresh),
-                    self._row_end.eq(row_end),
                 ]
-        self._block_end = Signal()
-        m.d.comb += self._block_end.eq(self._row_end & ((page.kind == PageKind.V_TOKEN) | one_left))
 
     def _advance(self, m, page):
+        before_last, one_left = Signal(7), self._others == 0
+        with m.Switch(page.kind):
+            with m.Case(PageKind.K_TOKEN):
+                m.d.comb += before_last.eq(Mux(self.wide, 6, 2))
+            with m.Case(PageKind.V_TOKEN):
+                m.d.comb += before_last.eq(Mux(self.wide, 126, 62))
+            with m.Default():
+                m.d.comb += before_last.eq((128 >> self.m_log2) - 2)
         with m.If(~self._row_end):
-            m.d.sync += self._count.eq(self._count + 1)
+            m.d.sync += [self._count.eq(self._count + 1), self._row_end.eq(self._count == before_last)]
+            m.d.sync += self._first.eq(0)
         with m.Else():
-            m.d.sync += [self._count.eq(0), self._marks.eq(self._marks & (self._marks - 1)[:16])]
-            with m.If(self._block_end):
+            m.d.sync += [
+                self._count.eq(0),
+                self._row_end.eq(0),
+                self._first.eq((page.kind != PageKind.K_TOKEN) | one_left),
+                self._marks.eq(self._others),
+            ]
+            with m.If((page.kind == PageKind.V_TOKEN) | one_left):
                 m.d.sync += [self._half.eq(1), self._marks.eq(page.mask[16:])]

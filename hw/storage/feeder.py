@@ -56,6 +56,14 @@ class Feeder(wiring.Component):
             }
         )
 
+        # State that proofs refer to: beats of a page pass (this is state "beats", as a register of its own: their
+        # handshake awaits no decoder); of the present beat, its number in the row, token or group, whether it begins a
+        # block or a channel's row, and whether it ends its row; the page's group of 16 tokens; tokens or channels of
+        # the block that are still to come, the present one included.
+        self.passing = Signal()
+        self.count, self.first, self.row_end = Signal(7), Signal(), Signal()
+        self.half, self.marks = Signal(), Signal(16)
+
     def elaborate(self, platform):
         m = Module()
         entry, page, beat = self.ledger.p, self.page.p, self.o.p
@@ -65,7 +73,6 @@ class Feeder(wiring.Component):
         row, slice_ = Signal(3), Signal(3)
         left = Signal(TOKEN_BITS + 1)  # approximate pass: tokens not yet scored
         fresh, asked = Signal(), Signal()
-        self._forward(m, entry, failed)
         exact_sparse = self.job.sparse & ~approximate
         m.d.comb += [
             self.slot.eq(slot),
@@ -81,14 +88,13 @@ class Feeder(wiring.Component):
         ending = Signal()
         settled = self._settled(m, ending)
         drained = Signal(7)  # rows of the block that have been scored
-        # A page's beats pass in state "beats", which is a register of its own: their handshake awaits no decoder.
-        passing, skip = Signal(), failed & ~approximate
-        moved = passing & self.page.valid & (self.o.ready | skip)
-        with m.If(passing):
+        skip = failed & ~approximate
+        moved = self.passing & self.page.valid & (self.o.ready | skip)
+        with m.If(self.passing):
             m.d.comb += self.page.ready.eq(self.o.ready | skip)
         with m.If(moved):
             self._advance(m, page)
-            with m.If(self._row_end):
+            with m.If(self.row_end):
                 m.d.sync += fresh.eq(0)
 
         with m.FSM():
@@ -151,14 +157,14 @@ class Feeder(wiring.Component):
                         m.d.sync += failed.eq(1)
                         m.next = "next"
                     with m.Else():
-                        m.d.sync += passing.eq(1)
+                        m.d.sync += self.passing.eq(1)
                         m.next = "beats"
                         self._begin(m, page)
             with m.State("beats"):
                 self._beat(m, fresh, entry)
                 m.d.comb += self.o.valid.eq(self.page.valid & ~skip)
                 with m.If(moved & page.last):
-                    m.d.sync += passing.eq(0)
+                    m.d.sync += self.passing.eq(0)
                     m.next = "next"
             with m.State("next"):
                 m.d.comb += self.ledger.ready.eq(1)
@@ -203,55 +209,52 @@ class Feeder(wiring.Component):
         m.d.sync += still.eq(Mux(ending & self.kernel_idle, Mux(still == 15, 15, still + 1), 0))
         return still == 15
 
-    def _forward(self, m, entry, failed):
-        self._half = Signal()  # which group of 16 tokens of the page
-        self._count = Signal(7)  # beat of the row, token or group
-        self._first = Signal()  # it begins a block, or the row of a channel
-        self._row_end = Signal()  # it ends its row, token or group
-        self._marks = Signal(16)  # tokens or channels of the block still to come, the present one included
-        self._others = self._marks & (self._marks - 1)[:16]  # without the present one, which is the lowest
-
     def _begin(self, m, page):
         """Before a page's first beat."""
         low = page.mask[:16].any()
         m.d.sync += [
-            self._half.eq(~low),
-            self._count.eq(0),
-            self._row_end.eq(0),
-            self._first.eq(1),
-            self._marks.eq(Mux(low, page.mask[:16], page.mask[16:])),
+            self.half.eq(~low),
+            self.count.eq(0),
+            self.row_end.eq(0),
+            self.first.eq(1),
+            self.marks.eq(Mux(low, page.mask[:16], page.mask[16:])),
         ]
+
+    def _others(self):
+        """Marks but the present one, which is the lowest."""
+        return self.marks & (self.marks - 1)[:16]
 
     def _beat(self, m, fresh, entry):
         page, beat = self.page.p, self.o.p
-        one_left = self._others == 0
-        lowest = self._marks & ~self._others
+        others = self._others()
+        lowest = self.marks & ~others
         channel = Cat((lowest & sum(1 << n for n in range(16) if n >> bit & 1)).any() for bit in range(3))
-        no_more = self._half | ~page.mask[16:].any()
-        m.d.comb += [beat.data.eq(page.data), beat.mask.eq(Mux(self._half, page.mask[16:], page.mask[:16]))]
-        m.d.comb += beat.first.eq(self._first)
+        no_more = self.half | ~page.mask[16:].any()
+        m.d.comb += [beat.data.eq(page.data), beat.mask.eq(Mux(self.half, page.mask[16:], page.mask[:16]))]
+        m.d.comb += beat.first.eq(self.first)
         with m.Switch(page.kind):
             with m.Case(PageKind.K_TOKEN):
                 m.d.comb += [
                     beat.op.eq(Op.K),
-                    beat.last.eq(self._row_end & one_left),
+                    beat.last.eq(self.row_end & (others == 0)),
                 ]
             with m.Case(PageKind.V_TOKEN):
                 m.d.comb += [
                     beat.op.eq(Op.V),
-                    beat.last.eq(self._row_end),
+                    beat.last.eq(self.row_end),
                     beat.flag.eq(entry.last & no_more),
                 ]
             with m.Default():
                 m.d.comb += [
                     beat.op.eq(Op.CHANNEL),
                     beat.index.eq((entry.group << self.m_log2) + channel),
-                    beat.last.eq(self._row_end),
+                    beat.last.eq(self.row_end),
                     beat.flag.eq(fresh),
                 ]
 
     def _advance(self, m, page):
-        before_last, one_left = Signal(7), self._others == 0
+        before_last, others = Signal(7), self._others()
+        one_left = others == 0
         with m.Switch(page.kind):
             with m.Case(PageKind.K_TOKEN):
                 m.d.comb += before_last.eq(Mux(self.wide, 6, 2))
@@ -259,15 +262,15 @@ class Feeder(wiring.Component):
                 m.d.comb += before_last.eq(Mux(self.wide, 126, 62))
             with m.Default():
                 m.d.comb += before_last.eq((128 >> self.m_log2) - 2)
-        with m.If(~self._row_end):
-            m.d.sync += [self._count.eq(self._count + 1), self._row_end.eq(self._count == before_last)]
-            m.d.sync += self._first.eq(0)
+        with m.If(~self.row_end):
+            m.d.sync += [self.count.eq(self.count + 1), self.row_end.eq(self.count == before_last)]
+            m.d.sync += self.first.eq(0)
         with m.Else():
             m.d.sync += [
-                self._count.eq(0),
-                self._row_end.eq(0),
-                self._first.eq((page.kind != PageKind.K_TOKEN) | one_left),
-                self._marks.eq(self._others),
+                self.count.eq(0),
+                self.row_end.eq(0),
+                self.first.eq((page.kind != PageKind.K_TOKEN) | one_left),
+                self.marks.eq(others),
             ]
             with m.If((page.kind == PageKind.V_TOKEN) | one_left):
-                m.d.sync += [self._half.eq(1), self._marks.eq(page.mask[16:])]
+                m.d.sync += [self.half.eq(1), self.marks.eq(page.mask[16:])]

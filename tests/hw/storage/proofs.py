@@ -5,6 +5,8 @@ from amaranth.hdl import Assert, Assume
 from amaranth.lib import data
 
 from golden.spec.storage import CONFIG, PPN, TOKEN_BITS, PageKind, Status
+from hw.storage.feeder import Feeder
+from hw.storage.kernel import Op
 from hw.storage.nfc.layouts import layout_of
 from hw.storage.passes import LEDGER, PAGE_STEP, WANT, WIDEST, ChannelPass, Requester, TokenPass
 from tests.hw.formal.harness import Proof, past, producer, stable, without_reset
@@ -125,6 +127,95 @@ class ChannelPassProof(Proof):
             with m.If(block_end):
                 m.d.sync += [group.eq(0), base.eq(base + (Mux(self.wide, 128, 64) >> self.m_log2)[:7])]
                 m.d.sync += [left.eq(left - span), active.eq(~final)]
+        return m
+
+
+class FeederPageProof(Proof):
+    """Each beat of a page says what it is: its operation, whether it begins or ends a block, whose marks, and which
+    channel it belongs to. The reference counts beats and compares with the lengths of rows, tokens and groups; pages
+    of any length, kind and marks follow each other."""
+
+    def __init__(self):
+        held = {"wide": 1, "m_log2": 2}
+        page = {"page_valid": 1, "kind": 2, "mask": 32, "last": 1, "fail": 1}
+        super().__init__({**held, **page, "valid": 1, "entry": LEDGER.size, "ready": 1})
+
+    def elaborate(self, platform):
+        m = Module()
+        m.submodules.dut = dut = Feeder()
+        page, out = dut.page.p, dut.o.p
+        live, (wide, m_log2) = past(m, self.wide, self.m_log2)
+        m.d.comb += [
+            Assume(self.m_log2 != 0),
+            Assume(self.kind != 3),
+            Assume(~live | ((self.wide == wide) & (self.m_log2 == m_log2))),
+            dut.wide.eq(self.wide),
+            dut.m_log2.eq(self.m_log2),
+            dut.o.ready.eq(self.ready),
+        ]
+        producer(m, dut.ledger, self.valid, self.entry)
+        offered = Signal.like(page.as_value())
+        m.d.comb += [
+            data.View(page.shape(), offered)[name].eq(getattr(self, name))
+            for name in ("kind", "mask", "last", "fail")
+        ]
+        producer(m, dut.page, self.page_valid, offered)
+        inside, kind, mask = Signal(), Signal(2), Signal(32)  # the page has given a beat; what it is
+        with m.If(inside):
+            m.d.comb += Assume((page.kind == kind) & (page.mask == mask) & ~page.fail)
+        moved = dut.page.valid & dut.page.ready
+        with m.If(moved):
+            m.d.sync += inside.eq(~page.last & ~page.fail)
+
+        count, half, marks, length = Signal(7), Signal(), Signal(16), Signal(8)
+        is_key, is_value = kind == PageKind.K_TOKEN, kind == PageKind.V_TOKEN
+        with m.If(is_key):
+            m.d.comb += length.eq(Mux(self.wide, 8, 4))
+        with m.Elif(is_value):
+            m.d.comb += length.eq(Mux(self.wide, 128, 64))
+        with m.Else():
+            m.d.comb += length.eq(128 >> self.m_log2)
+        own = Mux(half, mask[16:], mask[:16])
+        others = marks & (marks - 1)[:16]
+        row_end, alone = count == length - 1, others == 0
+        first = (count == 0) & (~is_key | (marks == own))
+        passing = (out.op == Op.K) | (out.op == Op.V) | (out.op == Op.CHANNEL)
+        # Ties between the reference and the design, for the induction.
+        m.d.comb += [Assert(dut.passing == passing), Assert(~inside | passing)]
+        with m.If(passing):
+            m.d.comb += [
+                Assert(inside | dut.page.valid),
+                Assert(~dut.page.valid | ((page.kind == kind) & (page.mask == mask) & ~page.fail)),
+                Assert(dut.count == count),
+                Assert(dut.half == half),
+                Assert(dut.marks == marks),
+                Assert(dut.row_end == row_end),
+                Assert(dut.first == first),
+                Assert(count < length),
+                Assert((marks & ~own) == 0),
+            ]
+        with m.If(dut.o.valid & passing):
+            m.d.comb += [
+                Assert(dut.page.valid),
+                Assert((out.op == Op.K) == is_key),
+                Assert((out.op == Op.V) == is_value),
+                Assert(out.mask == own),
+                Assert(out.first == first),
+                Assert(out.last == (row_end & (~is_key | alone))),
+            ]
+            for n in range(8):
+                with m.If(~is_key & ~is_value & ((marks ^ others) == 1 << n)):
+                    m.d.comb += Assert(out.index == ((dut.ledger.p.group << self.m_log2) + n)[:7])
+        with m.If(~passing & dut.page.valid):  # the cycle before the page's first beat is the last of these
+            low = page.mask[:16].any()
+            m.d.sync += [kind.eq(page.kind), mask.eq(page.mask), count.eq(0), half.eq(~low)]
+            m.d.sync += marks.eq(Mux(low, page.mask[:16], page.mask[16:]))
+        with m.Elif(moved):
+            m.d.sync += count.eq(count + 1)
+            with m.If(row_end):
+                m.d.sync += [count.eq(0), marks.eq(others)]
+                with m.If(is_value | alone):
+                    m.d.sync += [half.eq(1), marks.eq(mask[16:])]
         return m
 
 

@@ -1,9 +1,9 @@
-"""Formal proofs of the page passes and of the requester; and that they notice broken designs."""
+"""Formal proofs of the page passes, the requester and the feeder; and that they notice broken designs."""
 
 import pytest
 
 from hw.flow.formal import ProofFailed, prove
-from hw.storage import passes
+from hw.storage import feeder, passes
 from tests.hw.mutants import mutant
 from tests.hw.storage import proofs
 
@@ -51,6 +51,32 @@ def test_the_channel_pass_proof_notices(name, monkeypatch):
     proof = proofs.ChannelPassProof()
     with pytest.raises(ProofFailed, match="the first 4 cycles"):
         prove(proof, "channel_pass_mutant", depth=4)
+
+
+def test_each_beat_of_a_page_says_what_it_is():
+    prove(proofs.FeederPageProof(), "feeder_page_proof", depth=20)
+
+
+FEEDER_MUTATIONS = {
+    "a token ends a beat early": ("Mux(self.wide, 6, 2)", "Mux(self.wide, 6, 1)"),
+    "the second half of a page begins no block": (
+        "self.first.eq((page.kind != PageKind.K_TOKEN) | one_left)",
+        "self.first.eq(page.kind != PageKind.K_TOKEN)",
+    ),
+    "a row's end is kept for the next page": (
+        "            self.row_end.eq(0),\n            self.first.eq(1)",
+        "            self.first.eq(1)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FEEDER_MUTATIONS)
+def test_the_feeders_proof_notices(name, monkeypatch):
+    changed = mutant(feeder, *FEEDER_MUTATIONS[name])
+    monkeypatch.setattr(proofs, "Feeder", changed.Feeder)
+    proof = proofs.FeederPageProof()
+    with pytest.raises(ProofFailed):
+        prove(proof, "feeder_page_mutant", depth=20)
 
 
 def test_a_wanted_page_is_asked_for_read_once_and_entered_in_its_ledger():

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hw.storage.compose import resource_groups
+from hw.storage.compose import compose, resource_groups
 from tools.bench import storage
 
 PAGE = Path(__file__).parents[3] / "docs" / "storage.md"
@@ -37,3 +37,9 @@ def test_the_table_is_what_synthesis_gives():
     rows = table()
     for row, found in resource_groups().items():
         assert rows[row, "here"] == (found.lut, found.ff, found.bram, found.dsp), row
+
+
+@pytest.mark.slow
+def test_no_path_inside_a_block_is_longer_than_six_levels():
+    deep = {name: part.logic_levels for name, (part, _) in compose().items() if part.logic_levels > 6}
+    assert not deep

@@ -177,7 +177,7 @@ class Geometry:
     """Flash behind the unit; bounds of a physical page number."""
 
     channels: int = 8
-    dies: int = 8
+    dies: int = 16
     planes: int = 4
     blocks: int = 64
     pages: int = 256

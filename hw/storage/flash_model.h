@@ -27,7 +27,7 @@ inline unsigned ppn_die(uint32_t ppn) { return ppn >> 24 & 15; }
 inline unsigned ppn_channel(uint32_t ppn) { return ppn >> 28; }
 
 struct FlashParams {
-  long clock_mhz = 285, channel_mb_per_s = 1400, dies = 8, planes = 4, independent_planes = 1, cache_read = 1;
+  long clock_mhz = 285, channel_mb_per_s = 1400, dies = 16, planes = 4, independent_planes = 1, cache_read = 1;
   long read_ns = 50000, command_ns = 300, ecc_ns = 1000, queue = 64;
   long retry_per_million = 0, retry_max = 5, fail_per_million = 0, seed = 1;
 

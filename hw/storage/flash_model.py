@@ -30,7 +30,7 @@ class FlashParams:
     clock_mhz: int = 285
     channel_mb_per_s: int = 1400
     """Payload of the data bus, 10^6 byte/s."""
-    dies: int = 8
+    dies: int = 16
     planes: int = 4
     independent_planes: int = 1
     """1: each plane senses on its own; 0: one page per die at a time."""

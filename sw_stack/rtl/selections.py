@@ -12,7 +12,7 @@ import numpy as np
 from golden.spec.storage import PAGE_BYTES, PageKind
 from golden.storage import attention
 from golden.storage.fp import F16
-from golden.storage.layout import PageMark, channel_marks, token_marks
+from golden.storage.layout import Geometry, PageMark, channel_marks, token_marks
 from sw_stack.rtl.storage import Cache, Job
 
 HEAD_SIZE = 128
@@ -73,11 +73,17 @@ def head(rng: np.random.Generator, tokens: int, *, clustered: bool) -> tuple[F16
 
 
 def batch(
-    rng: np.random.Generator, heads: int, tokens: int, *, clustered: bool, selection: Selection | None = None
+    rng: np.random.Generator,
+    heads: int,
+    tokens: int,
+    *,
+    clustered: bool,
+    selection: Selection | None = None,
+    geometry: Geometry | None = None,
 ) -> Batch:
     """`heads` jobs of one sequence of `tokens` tokens, everything on flash."""
     chosen = selection or Selection()
-    made = Batch(Cache(HEAD_SIZE, m=chosen.m, tail_in_dram=False), [], [])
+    made = Batch(Cache(HEAD_SIZE, m=chosen.m, geometry=geometry or Geometry(), tail_in_dram=False), [], [])
     k_top, window = tokens // SELECTED, min(chosen.window, tokens // SELECTED)
     for number in range(heads):
         q, k, v = head(rng, tokens, clustered=clustered)

@@ -21,7 +21,8 @@ _CONFIG = [name for name, _ in CONFIG.fields]
 def batch(seed, lengths, head_size, *, m=4, sparse=False, tail_in_dram=True, queries=1):
     """A cache with one KV head per length, and a job on each."""
     rng = np.random.default_rng(seed)
-    cache = Cache(head_size, m=m, geometry=Geometry(channels=2), tail_in_dram=tail_in_dram)
+    # Fewer dies than a page number can name, so that one lies outside.
+    cache = Cache(head_size, m=m, geometry=Geometry(channels=2, dies=8), tail_in_dram=tail_in_dram)
     jobs, data = [], []
     for index, tokens in enumerate(lengths):
         k, v = (rng.normal(size=(tokens, head_size)).astype(np.float16) for _ in range(2))
@@ -133,7 +134,7 @@ def test_a_bad_descriptor_ends_its_own_job_only(change, status):
         del cache.maps[key]
     else:
         fields = PPN.unpack(cache.maps[key][0])
-        limit = {"channel": 2, "die": 8, "block": 64, "page": 256}[change]
+        limit = getattr(cache.geometry, f"{change}s")
         cache.maps[key] = (PPN.pack({**fields, change: limit}), 0)
     result = run(cache, jobs, SMALL, **FAST)
     assert (result.completions[1].status, result.completions[1].index) == (status, 2)

@@ -148,7 +148,9 @@ def test_faults_belong_to_pages_and_occur_as_often_as_asked():
         ({"dies": 4, "planes": 1}, 0.23),  # four dies that sense one page each: a fifth of the bus
         ({"dies": 4, "planes": 1, "cache_read": 0}, 0.22),
         ({"dies": 8, "planes": 4, "independent_planes": 0}, 0.47),
-        ({"dies": 8, "planes": 4}, 1.0),  # the default: 32 arrays hide 50 us
+        ({"dies": 16, "planes": 4, "independent_planes": 0}, 0.94),
+        ({"dies": 8, "planes": 4}, 1.0),  # 32 arrays hide 50 us
+        ({}, 1.0),
         ({"dies": 4, "planes": 1, "read_ns": 4000}, 1.0),  # low-latency flash needs four
     ],
 )

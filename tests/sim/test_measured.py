@@ -170,6 +170,7 @@ def committed_sparf_runs():
 @pytest.mark.parametrize("run", committed_sparf_runs()[1], ids=lambda r: r["name"])
 def test_the_rtl_of_a_sparf_batch_is_one_of_the_drawn_batches_within_three_percent(run):
     """The RTL's selection is one draw; where reads take long, draws differ by more than the recurrence errs."""
+    from golden.storage.layout import Geometry
     from sim.devices.csd import SPARF_BLOCK
     from sim.devices.storage_unit import FlashBehind, Selection, followed_cycles
 
@@ -183,7 +184,7 @@ def test_the_rtl_of_a_sparf_batch_is_one_of_the_drawn_batches_within_three_perce
         head_size, run["r"], run["m"], run["k"] / tokens, share, run_groups=max(1, run["run_tokens"] // 16)
     )
     waits = (round(us * mhz) for us in (run["read_ns"] / 1e3, 0.3, 1.0))
-    flash = FlashBehind(8, 32, *waits, page=4096 * mhz / 1400)
+    flash = FlashBehind(8, Geometry().arrays, *waits, page=4096 * mhz / 1400)
     times = unit_times(SPARF_BLOCK).times
     drawn = [followed_cycles(selection, tokens, heads, flash, times, seed) for seed in range(6)]
     assert 0.97 * min(drawn) <= run["cycles"] <= 1.03 * max(drawn)

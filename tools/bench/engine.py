@@ -74,18 +74,24 @@ def mac_fraction(name: str) -> float:
     return result.fired / result.cycles
 
 
-def simulated_mac_per_s() -> float:
-    """MAC per second of processor time of the whole `small` engine with its memories: a wide W4 decoder layer."""
+def simulated_mac_per_s(runs: int = 8) -> float:
+    """MAC per second of processor time of the whole `small` engine with its memories: a wide W4 decoder layer.
+
+    The best of some runs, since other work on the machine can only lengthen one.
+    """
     shape = replace(llama_2_7b(context=256), hidden=2048, heads=16, kv_heads=16, ffn=4096)
+    rates = []
     with tempfile.TemporaryDirectory() as folder:
         layer = random_layer(Path(folder) / "image", shape, SMALL, "w4")
         engine_program(SMALL)
-        before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-        device = RtlDevice(layer.image)
-        _, run = layer.step(device, random_hidden(shape))
-        device.close()
-    seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
-    return run.counters["array_steps"] * SMALL.macs_per_cycle / seconds
+        for _ in range(runs):
+            before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+            device = RtlDevice(layer.image)
+            _, run = layer.step(device, random_hidden(shape))
+            device.close()
+            seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
+            rates.append(run.counters["array_steps"] * SMALL.macs_per_cycle / seconds)
+    return max(rates)
 
 
 def llama_rows() -> list[dict[str, Any]]:

@@ -85,7 +85,10 @@ class DeviceLane(Lane):
         super().__init__(vectors, Multipliers.SCALE_IN_DSP)
 
 
-@pytest.fixture(params=[Lane, DeviceLane], ids=["simulated lanes", "lanes of the device"])
+@pytest.fixture(
+    params=[Lane, pytest.param(DeviceLane, marks=pytest.mark.slow)],
+    ids=["simulated lanes", "lanes of the device"],
+)
 def lanes(request, monkeypatch):
     """Both forms of a lane; programs are built anew for each."""
     core_program.cache_clear()

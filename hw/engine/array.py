@@ -121,9 +121,8 @@ class LanePair(wiring.Component):
 
     `planes[p][h]`: row r and position `BLOCK * h` + k at bit `(r * BLOCK + k) * 2`; a 2:4 step has plane 0 alone, the
     others zero. `wide`: planes 2 and 3 are not zero; the device does not ask. `patterns[j]`: bit j of a pattern at
-    `r * 16 + quad`.
-    `shared`: `shared_operand` of the 32 activations of a dense step, or of none, in 9 bits each on the device and in
-    `WHOLE` for simulation; `acts`: the 64 of a 2:4 step.
+    `r * 16 + quad`. `shared`: `shared_operand` of the 32 activations of a dense step, or of none, in 9 bits each on the
+    device and in `WHOLE` for simulation; `acts`: the 64 of a 2:4 step.
     """
 
     latency = 5

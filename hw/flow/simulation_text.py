@@ -276,17 +276,15 @@ def sink_values(module: str) -> str:
     blocks, values = list(_CLOCKED.finditer(module)), dict(_ASSIGN.findall(module))
     under = _conditions(module, blocks, values)
     count = Counter(re.findall(rf"({_TEMPORARY}) ", module))
-    parts: list[
-        tuple[frozenset[int], list[str]]
-    ] = []  # blocks that become one, and their values, readers first
+    # Blocks that become one, and their values, readers first.
+    parts: list[tuple[frozenset[int], list[str]]] = []
     for name, numbers in under.items():
         joined = [part for part in parts if part[0] & numbers]
         names = [other for _, others in joined for other in others]
         parts = [part for part in parts if not part[0] & numbers]
         parts.append((numbers.union(*(part[0] for part in joined)), [*names, name]))
-    parts = [
-        (numbers, names) for numbers, names in parts if any(count[n] > 3 for n in names)
-    ]  # declared, set, read
+    # A value stands in its declaration and its assignment, and where it is read.
+    parts = [(numbers, names) for numbers, names in parts if any(count[n] > 3 for n in names)]
     texts: dict[int, str] = {}
     for numbers, names in parts:
         chosen = [blocks[n] for n in sorted(numbers)]

@@ -10,6 +10,16 @@ from tests.hw.storage import proofs
 pytestmark = pytest.mark.slow
 
 
+def break_block(monkeypatch, module, block, change):
+    """The proofs get `block` of a `module` with one place changed."""
+    monkeypatch.setattr(proofs, block, getattr(mutant(module, *change), block))
+
+
+def assert_refused(proof, top, *, match=None, **options):
+    with pytest.raises(ProofFailed, match=match):
+        prove(proof, top, **options)
+
+
 def test_k_and_v_of_every_marked_page_are_asked_for_once_and_in_order():
     prove(proofs.TokenPassProof(), "token_pass_proof", depth=12, induction=False)
 
@@ -23,11 +33,8 @@ MUTATIONS = {
 
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_the_proof_notices(name, monkeypatch):
-    changed = mutant(passes, *MUTATIONS[name])
-    monkeypatch.setattr(proofs, "TokenPass", changed.TokenPass)
-    proof = proofs.TokenPassProof()
-    with pytest.raises(ProofFailed):
-        prove(proof, "token_pass_mutant", depth=12, induction=False)
+    break_block(monkeypatch, passes, "TokenPass", MUTATIONS[name])
+    assert_refused(proofs.TokenPassProof(), "token_pass_mutant", depth=12, induction=False)
 
 
 def test_every_channel_page_that_holds_a_marked_channel_is_wanted_once_and_in_order():
@@ -46,11 +53,8 @@ CHANNEL_MUTATIONS = {
 
 @pytest.mark.parametrize("name", CHANNEL_MUTATIONS)
 def test_the_channel_pass_proof_notices(name, monkeypatch):
-    changed = mutant(passes, *CHANNEL_MUTATIONS[name])
-    monkeypatch.setattr(proofs, "ChannelPass", changed.ChannelPass)
-    proof = proofs.ChannelPassProof()
-    with pytest.raises(ProofFailed, match="the first 4 cycles"):
-        prove(proof, "channel_pass_mutant", depth=4)
+    break_block(monkeypatch, passes, "ChannelPass", CHANNEL_MUTATIONS[name])
+    assert_refused(proofs.ChannelPassProof(), "channel_pass_mutant", depth=4, match="the first 4 cycles")
 
 
 def test_each_beat_of_a_page_says_what_it_is():
@@ -72,11 +76,8 @@ FEEDER_MUTATIONS = {
 
 @pytest.mark.parametrize("name", FEEDER_MUTATIONS)
 def test_the_feeders_proof_notices(name, monkeypatch):
-    changed = mutant(feeder, *FEEDER_MUTATIONS[name])
-    monkeypatch.setattr(proofs, "Feeder", changed.Feeder)
-    proof = proofs.FeederPageProof()
-    with pytest.raises(ProofFailed):
-        prove(proof, "feeder_page_mutant", depth=20)
+    break_block(monkeypatch, feeder, "Feeder", FEEDER_MUTATIONS[name])
+    assert_refused(proofs.FeederPageProof(), "feeder_page_mutant", depth=20)
 
 
 def test_a_wanted_page_is_asked_for_read_once_and_entered_in_its_ledger():
@@ -97,8 +98,5 @@ REQUESTER_MUTATIONS = {
 
 @pytest.mark.parametrize("name", REQUESTER_MUTATIONS)
 def test_the_requesters_proof_notices(name, monkeypatch):
-    changed = mutant(passes, *REQUESTER_MUTATIONS[name])
-    monkeypatch.setattr(proofs, "Requester", changed.Requester)
-    proof = proofs.RequesterProof()
-    with pytest.raises(ProofFailed):
-        prove(proof, "requester_mutant", depth=8, induction=False)
+    break_block(monkeypatch, passes, "Requester", REQUESTER_MUTATIONS[name])
+    assert_refused(proofs.RequesterProof(), "requester_mutant", depth=8, induction=False)

@@ -4,11 +4,13 @@ One unit for matrix-vector and matrix-matrix products of every weight format and
 docs/engine.md sections 2 and 3 say what it computes, `hw.timing` how long it takes.
 """
 
+from functools import partial
+
 from amaranth import Cat, Const, Module, Mux, Signal, Value, unsigned
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
-from golden.spec.engine import SIDE_BITS, STEP, WORD_BITS, Codes, EngineConfig, Error
+from golden.spec.engine import STEP, WORD_BITS, Codes, EngineConfig, Error
 from hw.engine.array import DOT_BITS, WHOLE, LanePair, shared_operand
 from hw.engine.decoder import Decoder
 from hw.engine.drain import Drain, DrainOp
@@ -62,23 +64,20 @@ class ActBuffer(wiring.Component):
     def elaborate(self, platform):
         m = Module()
         for half in range(2):
-            codes, sides = (
-                TypedMemory(unsigned(8 * STEP), self._words),
-                TypedMemory(unsigned(SIDE_BITS), self._words),
-            )
-            m.submodules[f"codes_{half}"], m.submodules[f"sides_{half}"] = codes, sides
-            for memory, value in ((codes, self.w.codes), (sides, self.w.side)):
+            for name, value, read in (
+                ("codes", self.w.codes, self.codes[half * 8 * STEP :][: 8 * STEP]),
+                ("sides", Value.cast(self.w.side), Value.cast(self.sides[half])),
+            ):
+                make = partial(TypedMemory, unsigned(len(value)), self._words)
+                memory = place(m, platform, f"{name}_{half}", f"activation_{name}", make)
                 m.d.comb += [
                     memory.w.addr.eq(self.w.addr >> 1),
-                    memory.w.data.eq(Value.cast(value)),
+                    memory.w.data.eq(value),
                     memory.w.en.eq(self.w.en & (self.w.addr[0] == half)),
                     memory.r[0].addr.eq(self.addr),
                     memory.r[0].en.eq(1),
+                    read.eq(memory.r[0].data),
                 ]
-            m.d.comb += [
-                self.codes[half * 8 * STEP :][: 8 * STEP].eq(codes.r[0].data),
-                Value.cast(self.sides[half]).eq(sides.r[0].data),
-            ]
         return m
 
 

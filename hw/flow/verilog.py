@@ -1,8 +1,11 @@
 """Amaranth components to Verilog text and a port list."""
 
+import gc
 import inspect
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.metadata import version
@@ -97,8 +100,23 @@ def _convert(component: wiring.Component, top: str) -> Design:
 
 
 def _verilog(component: wiring.Component, name: str, modules: SharedModules) -> str:
-    text = verilog.convert(component, name=name, platform=modules, emit_src=False, strip_internal_attrs=True)
+    with _no_collection():
+        text = verilog.convert(
+            component, name=name, platform=modules, emit_src=False, strip_internal_attrs=True
+        )
     return _compact_zeros(text)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """No search for garbage: of the millions of objects of a conversion all are alive, and looking takes a third."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 _ZERO_ROWS = re.compile(r"  initial begin\n((?: +(\S+)\[\d+\] = \d+'h0+;\n){64,})  end\n")

@@ -18,6 +18,7 @@ from golden.spec.storage import (
     SCALE_FRAC,
     SOFTMAX_SCALE,
 )
+from hw.lib.shared import place
 from hw.lib.streams import StreamFIFO, check_count, connect
 from hw.storage import lane as at
 from hw.storage.fp import UNPACKED, Unpack16, pipe
@@ -112,7 +113,7 @@ class AttentionKernel(wiring.Component):
         m = Module()
         lanes = []
         for index in range(self._lanes):
-            m.submodules[f"lane_{index}"] = lane = QueryLane()
+            lane = place(m, platform, f"lane_{index}", "query_lane", QueryLane)
             lanes.append(lane)
             m.d.comb += [
                 self.probability[index].eq(lane.probability),

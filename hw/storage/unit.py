@@ -8,6 +8,8 @@ Dense heads alternate between the kernels. Of a SparF head kernel 0 takes the ap
 one, so that the exact pass of a job streams while the next job is scored; `SLOTS` jobs are under way at once.
 """
 
+from functools import partial
+
 from amaranth import Array, Cat, Module, Mux, Signal
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.memory import Memory
@@ -29,6 +31,7 @@ from golden.spec.storage import (
     Status,
 )
 from hw.lib.memories import TypedMemory
+from hw.lib.shared import place
 from hw.lib.streams import StreamFIFO, check_count, connect
 from hw.storage.approximate import AlphaUnit
 from hw.storage.feeder import MEAN_ROW, Feeder
@@ -137,7 +140,7 @@ class AttentionUnit(wiring.Component):
 
         self._configure(m)
         self._accept(m)
-        feeders, kernels, front = self._datapath(m)
+        feeders, kernels, front = self._datapath(m, platform)
         marks = self._prepare(m, feeders, kernels)
         self._select(m, feeders, kernels, front, marks)
         self._complete(m, feeders, kernels)
@@ -259,7 +262,7 @@ class AttentionUnit(wiring.Component):
                 with m.If(self._bad_taken):
                     m.next = "idle"
 
-    def _datapath(self, m):
+    def _datapath(self, m, platform):
         """Flash front, feeders and kernels."""
         m.submodules.front = front = FlashFront(
             self._channels + 1, KERNELS, outstanding=self._outstanding, ring_pages=self._ring_pages
@@ -279,7 +282,8 @@ class AttentionUnit(wiring.Component):
         feeders, kernels = [], []
         for n in range(KERNELS):
             m.submodules[f"feeder_{n}"] = feeder = Feeder()
-            m.submodules[f"kernel_{n}"] = kernel = AttentionKernel(self._lanes)
+            make = partial(AttentionKernel, self._lanes)
+            kernel = place(m, platform, f"kernel_{n}", "attention_kernel", make)
             connect(m, self._requester.ledger[n], feeder.ledger)
             connect(m, front.page[n], feeder.page)
             connect(m, feeder.o, kernel.i)

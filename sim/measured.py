@@ -122,7 +122,7 @@ def unit_times(block: str, directory: Path | None = None) -> BlockTimes:
 
 @lru_cache(maxsize=16)
 def _unit_times(block: str, directory: Path) -> BlockTimes:
-    for table in map(_table, sorted(directory.glob("*.json"))):
+    for table in map(read_table, sorted(directory.glob("*.json"))):
         if table["block"] == block:
             if not table.get("times"):
                 raise CalibrationError(
@@ -159,7 +159,7 @@ def fit_layer(weights: str, directory: Path | None = None) -> LayerFit:
 
 @lru_cache(maxsize=64)
 def _fit_layer(weights: str, directory: Path) -> LayerFit:
-    tables = [t for t in map(_table, sorted(directory.glob("*.json"))) if t["block"] == LAYER_BLOCK]
+    tables = [t for t in map(read_table, sorted(directory.glob("*.json"))) if t["block"] == LAYER_BLOCK]
     for table in tables:
         if rows := [r for r in table["rows"] if r.get("weights") == weights]:
             return _layer_form(table, weights, rows)
@@ -201,7 +201,7 @@ def _term(row: dict[str, Any], term: str) -> float:
 
 @lru_cache(maxsize=64)
 def _fit(blocks: tuple[str, ...], x: str, directory: Path) -> CycleFit:
-    tables = [_table(path) for path in sorted(directory.glob("*.json"))]
+    tables = [read_table(path) for path in sorted(directory.glob("*.json"))]
     for block in blocks:
         chosen = [_least_squares(t, x) for t in tables if t["block"] == block]
         if chosen:
@@ -212,7 +212,8 @@ def _fit(blocks: tuple[str, ...], x: str, directory: Path) -> CycleFit:
     )
 
 
-def _table(path: Path) -> dict[str, Any]:
+def read_table(path: Path) -> dict[str, Any]:
+    """A table of measured cycles as its file has it; `CalibrationError` for one that is malformed or stale."""
     try:
         table = json.loads(path.read_text())
     except json.JSONDecodeError as error:

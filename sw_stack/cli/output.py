@@ -57,4 +57,6 @@ def show_rows(title: str, rows: Sequence[Mapping[str, Any]], as_json: bool) -> N
 
 
 def _cell(value: Any) -> str:
+    if value is None:
+        return ""
     return f"{value:,.4g}" if isinstance(value, float) else f"{value}"

@@ -48,9 +48,12 @@ def build(
         )
     estimated = _system(machine, progress)
     progress("writing the report")
+    from sw_stack.report import hardware
+
     summary = {
         **spoken.result,
         "rtl": {"layer": spoken.result["layer"], **checked.result},
+        "hardware": hardware.facts(),
         "system": estimated.result,
         "provenance": provenance(spoken, checked, estimated),
     }
@@ -201,8 +204,9 @@ def _write(final: Path, summary: dict[str, Any], checked: StageResult, estimated
 
 
 def _context(summary: Mapping[str, Any], figures: Mapping[str, str]) -> dict[str, Any]:
-    from sw_stack.report.machine import sections
+    from sw_stack.report import hardware, machine
 
+    near = hardware.figures(summary["hardware"]["bounds"])
     timeline = summary["system"]["timeline_of"]
     refused = [
         f"{r['model']} by {r['scheme']} from batch {r['batch']}: {r['reason']}"
@@ -226,7 +230,10 @@ def _context(summary: Mapping[str, Any], figures: Mapping[str, str]) -> dict[str
             "breakdown": "Share of decode time by category, at the batch of the table.",
         },
         "timeline": timeline,
-        "extras": sections(summary["system"], figures),
+        "extras": [
+            *hardware.sections(summary["hardware"], near),
+            *machine.sections(summary["system"], figures),
+        ],
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sw_stack.report.page import Column, field, svg
+from sw_stack.report.page import Column, field, figure, section, svg
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -105,42 +105,24 @@ def sections(system: Mapping[str, Any], drawn: Mapping[str, str]) -> list[dict[s
     """The page's sections, from `facts` and `figures`."""
     told = system["reproduction"]
     economy = [
-        _figure(drawn, "pareto", "Energy and cost per token over all batches; lower is better on both axes.")
+        figure(drawn, "pareto", "Energy and cost per token over all batches; lower is better on both axes.")
     ]
     if "roofline" in drawn:
         caption = "OPT-13B's kernels on the GPU's roofline; dashed: the drive's channels."
-        economy.append(_figure(drawn, "roofline", caption))
-    busy = _figure(drawn, "utilisation", "Busy share of each resource while decoding; red: the bottleneck.")
+        economy.append(figure(drawn, "roofline", caption))
+    busy = figure(drawn, "utilisation", "Busy share of each resource while decoding; red: the bottleneck.")
     why = "Every bandwidth that the results above rest on, the limit that binds it, and all limits in GB/s."
     spent = "Nameplate power by utilisation (25% either way) and list prices over three years (40%)."
     beyond = "Published results of systems on which no parameter was set."
     findings = [text.replace("**", "") for text in told["findings"]]
     return [
-        _section("Why is a bandwidth this low?", why, system["bandwidths"], BANDWIDTHS, [busy]),
-        _section("Energy, cost and lifetime", spent, system["economics"], ECONOMICS, economy),
-        _section(
+        section("Why is a bandwidth this low?", why, system["bandwidths"], BANDWIDTHS, [busy]),
+        section("Energy, cost and lifetime", spent, system["economics"], ECONOMICS, economy),
+        section(
             "Published and modelled", _errors(told["summary"]), told["rows"], REPRODUCTION, notes=findings
         ),
-        _section("Other systems", beyond, told["others"], REPRODUCTION),
+        section("Other systems", beyond, told["others"], REPRODUCTION),
     ]
-
-
-def _section(
-    title: str,
-    text: str,
-    rows: Sequence[Mapping[str, Any]],
-    columns: Sequence[Column],
-    figures: Sequence[Mapping[str, Any]] = (),
-    notes: Sequence[str] = (),
-) -> dict[str, Any]:
-    return {
-        "title": title,
-        "text": text,
-        "rows": rows,
-        "columns": columns,
-        "figures": figures,
-        "notes": notes,
-    }
 
 
 def _errors(stats: Mapping[str, float]) -> str:
@@ -151,12 +133,6 @@ def _errors(stats: Mapping[str, float]) -> str:
         f"the {stats['contradicted_rows']} rows that contradict their paper's other figures, {counted[0]} and "
         f"{counted[1]}."
     )
-
-
-def _figure(drawn: Mapping[str, str], name: str, caption: str) -> dict[str, Any]:
-    from markupsafe import Markup
-
-    return {"svg": Markup(drawn[name]), "caption": caption}
 
 
 BANDWIDTHS = [

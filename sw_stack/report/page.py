@@ -98,6 +98,30 @@ def svg(figure: Figure) -> str:
     return text[text.index("<svg") :]
 
 
+def section(
+    title: str,
+    text: str,
+    rows: Sequence[Mapping[str, Any]],
+    columns: Sequence[Column],
+    figures: Sequence[Mapping[str, Any]] = (),
+    notes: Sequence[str] = (),
+) -> dict[str, Any]:
+    """A section of the page: a title, a text, notes, a table and figures."""
+    return {
+        "title": title,
+        "text": text,
+        "rows": rows,
+        "columns": columns,
+        "figures": figures,
+        "notes": notes,
+    }
+
+
+def figure(drawn: Mapping[str, str], name: str, caption: str) -> dict[str, Any]:
+    """The figure `name` of `drawn` with its caption, as a section shows it."""
+    return {"svg": Markup(drawn[name]), "caption": caption}
+
+
 def render(context: Mapping[str, Any], chain: Sequence[Mapping[str, str]]) -> str:
     """The whole page. `context` holds what the template names; a missing name is an error, not a blank."""
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from golden.spec import KVStrataError
-from sw_stack.report import benchmarks
+from sw_stack.report import benchmarks, hardware, resources
 from sw_stack.report.readme import with_reproduction
 
 README = Path(__file__).parents[2] / "README.md"
@@ -93,3 +93,32 @@ def test_a_machine_without_a_gpu_has_no_roofline() -> None:
 
     results = [simulate("u280", "llama-2-7b", "fpga", Workload(batch=1))]
     assert "roofline" not in machine.figures("u280", results, results)
+
+
+def test_the_report_shows_cycles_against_bounds_and_resources_beside_published_ones() -> None:
+    told = hardware.facts()
+    found = hardware.sections(told, hardware.figures(told["bounds"]))
+    assert [s["title"] for s in found] == ["How close is the RTL to its bounds?", "What does it take?"]
+    layers = {row["shape"].split(", ")[1] for row in told["bounds"] if "decoder layer" in row["block"]}
+    assert layers == {"w8", "w4", "w2", "w2s24"}
+    assert {"dense", "SparF clustered", "SparF random"} <= {r["shape"].split(",")[0] for r in told["bounds"]}
+    assert all(row["bound_cycles"] <= row["cycles"] and row["gb_per_s"] > 0 for row in told["bounds"])
+    flash = [row["gb_per_s"] for row in told["bounds"] if row["block"].startswith("in-storage unit")]
+    assert max(flash) <= 11.2
+    sources = {(row["part"], row["source"]) for row in told["resources"]}
+    assert {("total", "here"), ("total", "published: AccLLM"), ("NFC", "published: InstInfer")} <= sources
+    assert all(column.text(row) is not None for s in found for row in s["rows"] for column in s["columns"])
+
+
+def test_a_table_of_resources_that_is_none_is_refused(tmp_path: Path) -> None:
+    for text in ("[{", "[1]", '[{"design": "engine"}]'):
+        (tmp_path / "resources.json").write_text(text)
+        with pytest.raises(
+            KVStrataError, match=r"resources.json must hold the resources that `kvstrata synth`"
+        ):
+            resources.stored(tmp_path / "resources.json")
+
+
+@pytest.mark.slow
+def test_the_stored_resources_are_what_synthesis_gives() -> None:
+    assert resources.synthesised() == resources.stored()

@@ -365,6 +365,13 @@ class Placer(wiring.Component):
         return bad_bits | bad_head | Mux(op.values, bad_row, bad_turn) | (op.count == 0)
 
 
+PIECE = data.StructLayout(
+    {"number": range(HEAD_MAX // STEP * 4), "step": range(HEAD_MAX // STEP), "plane": range(4)}
+)
+"""A piece of a K vector: two bits, those of a plane, of a step's 32 codes. Registered with the index of its write, so
+that no subtraction stands before the choice of bits."""
+
+
 class Emitter(wiring.Component):
     """Collects a placed vector's codes and emits its words one after the other; of V, when the old bytes are `here`.
 
@@ -395,6 +402,7 @@ class Emitter(wiring.Component):
         record = Signal(32)  # scale low, minimum high
         beat = Signal(range(HEAD_MAX // config.vector_lanes))
         index = Signal(range(1 + HEAD_MAX // STEP * 4))
+        piece = Signal(PIECE)
         group, part = Signal(8), Signal(range(TILE_WORDS))
         words = Mux(at.eight, _tile_words(4, lanes), _tile_words(2, lanes))
         moved = self.o.valid & self.o.ready
@@ -422,9 +430,14 @@ class Emitter(wiring.Component):
                     with m.If(taken.last != ends):
                         m.d.comb += self.error.eq(Error.SHAPE)
             with m.State("KEY"):
-                self._key(m, at, codes, index, record)
+                self._key(m, at, codes, index, piece, record)
                 with m.If(self.o.ready):
-                    m.d.sync += index.eq(index + 1)
+                    m.d.sync += [
+                        index.eq(index + 1),
+                        piece.number.eq(index),
+                        piece.step.eq(Mux(at.eight, index // 4, index // 2)),
+                        piece.plane.eq(Mux(at.eight, index % 4, index % 2)),
+                    ]
                     with m.If(index == at.head_size // STEP * Mux(at.eight, 4, 2)):
                         self._end(m, at)
             with m.State("CHANGE"):
@@ -460,20 +473,16 @@ class Emitter(wiring.Component):
             self.o.payload.strb.eq(strb),
         ]
 
-    def _key(self, m, at, codes, index, record) -> None:
+    def _key(self, m, at, codes, index, piece, record) -> None:
         """Write `index` of a K vector: 0 is its scale record, the others its pieces by step and plane."""
         lanes = self._config.lanes_per_channel
         lane = at.slot % lanes
-        piece = Signal(range(HEAD_MAX // STEP * 4))
-        step = Signal(range(HEAD_MAX // STEP))
-        of_step = Signal(8 * STEP)
-        m.d.comb += [
-            piece.eq(index - 1),
-            step.eq(Mux(at.eight, piece // 4, piece // 2)),
-            of_step.eq(codes.word_select(step, 8 * STEP)),
-        ]
-        bits = _plane(of_step, Mux(at.eight, piece % 4, piece % 2))
-        place = piece * lanes + lane
+        steps = range(HEAD_MAX // STEP)
+        bits = Cat(
+            Cat(codes[8 * (n * STEP + k) :][:8] for n in steps).word_select(Cat(piece.plane, piece.step), 2)
+            for k in range(STEP)
+        )
+        place = piece.number * lanes + lane
         with m.If(index == 0):
             self._emit(m, at.channel, at.word, record.replicate(WORD_BITS // 32), 0xF << (lane << 2))
         with m.Else():
@@ -483,8 +492,8 @@ class Emitter(wiring.Component):
     def _value(self, m, at, codes, group, part) -> None:
         """Word `part` of the tile on the channel at hand: two bits of each piece's byte change."""
         lanes = self._config.lanes_per_channel
-        rows, old = Signal(8 * lanes), Signal(8 * PIECES)
-        m.d.comb += [rows.eq(codes.word_select(group, 8 * lanes)), old.eq(Array(self.old)[at.channel])]
+        rows = codes.word_select(group, 8 * lanes)
+        old = Array(self.old)[at.channel]
         pair = at.slot[:2]
         fresh, strobes = [], []
         half = (at.slot // STEP) % 2 if 2 * lanes < PIECES else 0

@@ -72,7 +72,7 @@ def _shares(rows: Sequence[Mapping[str, Any]]) -> Figure:
     axes.grid(axis="x", alpha=0.3)
     axes.legend(
         handles=[axes.barh(0, 0, color=f"C{n}", label=block) for n, block in enumerate(blocks)],
-        loc="upper center", bbox_to_anchor=(0.4, -0.06), ncols=2, fontsize=7,
+        loc="upper center", bbox_to_anchor=(0.4, -0.08), ncols=2, fontsize=7,
     )  # fmt: skip
     return drawn
 

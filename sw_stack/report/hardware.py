@@ -58,22 +58,18 @@ def figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 def _shares(rows: Sequence[Mapping[str, Any]]) -> Figure:
     from matplotlib.figure import Figure as NewFigure
 
-    blocks = list(dict.fromkeys(row["block"] for row in rows))
     drawn = NewFigure(figsize=(7.0, 0.6 + 0.2 * len(rows)))
     axes = drawn.subplots()
-    for index, row in enumerate(rows):
-        colour = f"C{blocks.index(row['block'])}"
-        axes.barh(index, row["bound_cycles"] / row["cycles"], color=colour)
+    for block in dict.fromkeys(row["block"] for row in rows):
+        shares = {n: r["bound_cycles"] / r["cycles"] for n, r in enumerate(rows) if r["block"] == block}
+        axes.barh(list(shares), list(shares.values()), label=block)
     axes.set_yticks(range(len(rows)), [row["shape"] for row in rows], fontsize=7)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlim(0, 1)
     axes.axvline(1 / 1.1, color="black", linewidth=0.8, linestyle="--")
     axes.set_xlabel("cycles that the bytes need / cycles taken; dashed: 1 / 1.10")
     axes.grid(axis="x", alpha=0.3)
-    axes.legend(
-        handles=[axes.barh(0, 0, color=f"C{n}", label=block) for n, block in enumerate(blocks)],
-        loc="upper center", bbox_to_anchor=(0.4, -0.08), ncols=2, fontsize=7,
-    )  # fmt: skip
+    axes.legend(loc="upper center", bbox_to_anchor=(0.4, -0.08), ncols=2, fontsize=7)
     return drawn
 
 

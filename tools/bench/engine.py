@@ -11,9 +11,10 @@ import numpy as np
 from golden.spec.engine import SMALL, U280, EngineConfig, StreamFormat, weight_stream
 from golden.spec.formats import WEIGHT_FORMATS
 from golden.spec.memory import MemoryModel
-from hw.engine.compose import DSP_BUDGET, compose
+from hw.engine.compose import compose
 from sw_stack.device.rtl import RtlDevice
 from sw_stack.pack.stream import pack_matrix
+from sw_stack.report.resources import ENGINES
 from sw_stack.rtl.core import CoreJob, CoreResult, run_core
 from sw_stack.rtl.engine import engine_program
 from sw_stack.rtl.layer import llama_2_7b, predict, random_hidden, random_layer
@@ -121,14 +122,8 @@ def run() -> list[dict[str, Any]]:
         for name in ("w4", "w2", "w2s24")
     ]
     total = compose(U280)["total"]
-    limits = {
-        "dsp": DSP_BUDGET,
-        "lut": 420_000,
-        "ff": 2_607_360,
-        "bram": 2016,
-        "uram": 960,
-        "logic_levels": 8,
-    }
+    published, device = ENGINES["published: AccLLM"], ENGINES["device: XCU280"]
+    limits = {**published, **{name: device[name] for name in ("ff", "bram", "uram")}, "logic_levels": 8}
     rows += [_row(f"engine.u280.{k}", getattr(total, k), "", limit, "lower") for k, limit in limits.items()]
     rows.append(_row("engine.verilated.mac_per_s", simulated_mac_per_s(), "MAC/s", 150e6, "higher"))
     return rows

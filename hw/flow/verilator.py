@@ -21,6 +21,7 @@ from pathlib import Path
 
 from golden.spec import KVStrataError
 from hw.flow.cache import cached_directory, content_key
+from hw.flow.cxx import compile_with, compiler
 from hw.flow.simulation_text import for_simulation, register_inputs
 from hw.flow.verilog import Design
 
@@ -60,7 +61,7 @@ def environment() -> Mapping[str, str]:
 
     Raises `ToolMissing` if there is no C++ compiler, make, perl or Verilator.
     """
-    for program in (os.environ.get("CXX", "g++"), "make", "perl"):
+    for program in (compiler(), "make", "perl"):
         if shutil.which(program) is None:
             raise ToolMissing(f"building a Verilated model needs {program} on PATH, and it was not found")
     env = dict(os.environ)
@@ -97,7 +98,6 @@ def run_time_library(trace: bool = False) -> Path:
     """
     include = Path(environment()["VERILATOR_ROOT"]) / "include"
     sources = [include / f"{name}.cpp" for name in (*RUN_TIME, *(["verilated_vcd_c"] if trace else []))]
-    compiler = os.environ.get("CXX", "g++")
     flags = ["-O2", f"-I{include}", f"-I{include / 'vltstd'}"]
     flags += [f"-DVM_{what}=0" for what in ("COVERAGE", "SC", "TIMING", "TRACE_FST")]
     flags += [f"-DVM_{what}={int(trace)}" for what in ("TRACE", "TRACE_VCD")]
@@ -105,16 +105,14 @@ def run_time_library(trace: bool = False) -> Path:
     def build(work: Path) -> None:
         objects = [f"{source.stem}.o" for source in sources]
         for command in (
-            [compiler, *flags, "-c", *map(str, sources)],
+            [compiler(), *flags, "-c", *map(str, sources)],
             ["ar", "-rcs", "libverilated.a", *objects],
         ):
-            result = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False)
-            if result.returncode:
-                raise KVStrataError(f"compiling Verilator's run-time library failed: {result.stderr[:400]}")
+            compile_with(command, "Verilator's run-time library", work)
         for name in objects:
             (work / name).unlink()
 
-    key = content_key(compiler, *flags, *(source.read_bytes() for source in sources))
+    key = content_key(compiler(), *flags, *(source.read_bytes() for source in sources))
     return cached_directory("verilator-run-time", key, build) / "libverilated.a"
 
 

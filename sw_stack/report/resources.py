@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from golden.spec import KVStrataError
+from hw.engine.compose import DSP_BUDGET
 from hw.flow.cache import ROOT, write_atomically
 
 FILE = ROOT / "docs" / "resources.json"
@@ -22,7 +23,7 @@ TABLE_II: dict[str, dict[str, float]] = {
 }
 """The published unit on the Zynq-7045, one query lane per kernel (InstInfer, Table II)."""
 ENGINES: dict[str, dict[str, float]] = {
-    "published: AccLLM": {"lut": 420_000, "dsp": 4_497},
+    "published: AccLLM": {"lut": 420_000, "dsp": DSP_BUDGET},
     "published: FlightLLM": {"lut": 574_000, "dsp": 6_345},
     "device: XCU280": {"lut": 1_303_680, "ff": 2_607_360, "bram": 2016, "uram": 960, "dsp": 9024},
 }

@@ -16,11 +16,14 @@ from hw.flow.cache import build_dir, cached_directory, content_key
 from hw.flow.verilator import environment, link_flags, waiver_text
 from hw.flow.verilog import Design, Recipe, emit
 
+OPTIMISATION = "-O1"
+"""A run spends most of its time in Python: a model at -O2 takes longer to compile than it saves."""
+
 
 @contextlib.contextmanager
 def _patched_environment() -> Iterator[None]:
     saved = dict(os.environ)
-    os.environ.update(environment())
+    os.environ.update(environment(OPTIMISATION))
     try:
         yield
     finally:
@@ -56,7 +59,7 @@ def build(design: Design) -> Path:
             )
 
     try:
-        return cached_directory("cocotb", content_key(design.text, control, *flags), make)
+        return cached_directory("cocotb", content_key(design.text, control, OPTIMISATION, *flags), make)
     except SystemExit as error:
         raise KVStrataError(
             f"Verilating {design.top} for cocotb failed with exit code {error.code}"

@@ -41,7 +41,7 @@ WAIVED_RULES = {
 
 SPLIT = ["--output-split", "10000", "--output-split-cfuncs", "2000"]
 """Small functions in small files: a compiler needs four times as long for the same code in a few huge functions."""
-SPLIT_ABOVE = 1_000_000
+SPLIT_ABOVE = 500_000
 """Characters of Verilog from which on that matters."""
 
 
@@ -53,9 +53,9 @@ class ToolMissing(KVStrataError):
     """A program that the build needs is not installed."""
 
 
-@lru_cache(maxsize=1)
-def environment() -> Mapping[str, str]:
-    """Environment for running Verilator and its makefiles.
+@lru_cache
+def environment(optimisation: str = "-O2") -> Mapping[str, str]:
+    """Environment for running Verilator and its makefiles, which compile models with `optimisation`.
 
     A system Verilator of at least `MINIMUM_VERSION` is preferred, else the PyPI wheel is used.
 
@@ -66,7 +66,8 @@ def environment() -> Mapping[str, str]:
             raise ToolMissing(f"building a Verilated model needs {program} on PATH, and it was not found")
     env = dict(os.environ)
     # `--` ends make's options and starts variable assignments, which override the makefile's own.
-    env["MAKEFLAGS"] = "-- VK_PCH_I_FAST= VK_PCH_I_SLOW= VK_GLOBAL_OBJS= OPT_FAST=-O2 OPT_SLOW=-O0"
+    env["MAKEFLAGS"] = "-- VK_PCH_I_FAST= VK_PCH_I_SLOW= VK_GLOBAL_OBJS= OPT_SLOW=-O0"
+    env["MAKEFLAGS"] += f" OPT_FAST={optimisation}"
     system = shutil.which("verilator")
     if system and _version(system, env) >= MINIMUM_VERSION:
         command = [system, "--getenv", "VERILATOR_ROOT"]

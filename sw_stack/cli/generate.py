@@ -6,9 +6,35 @@ from typing import Annotated
 import typer
 
 POLICIES = ("dense", "lambda")
+OF_A_DEVICE = ("placement", "engine", "context", "sparse", "image", "memory", "check", "save")
+"""Options that mean nothing to the golden model."""
+OF_A_WINDOW = ("sinks", "window")
+
+
+def _require_a_use(
+    context: typer.Context, device: str | None, placement: str, policy: str, level: str
+) -> None:
+    """KVStrataError for a given option that the run would not look at."""
+    from golden.spec import KVStrataError
+
+    def given(names: tuple[str, ...]) -> str | None:
+        sources = {name: context.get_parameter_source(name) for name in names}
+        return next(
+            (name for name, source in sources.items() if source and source.name == "COMMANDLINE"), None
+        )
+
+    if device is None and (name := given(OF_A_DEVICE)):
+        raise KVStrataError(f"--{name} is of a device; got it without --device")
+    if policy != "lambda" and placement != "engine+csd" and (name := given(OF_A_WINDOW)):
+        raise KVStrataError(
+            f"--{name} is of policy lambda or placement engine+csd; got {policy}, {placement}"
+        )
+    if device is not None and level != "exact":
+        raise KVStrataError(f"a device computes at level exact; got {level}")
 
 
 def command(
+    options: typer.Context,
     prompt: Annotated[str, typer.Option(help="what to ask")],
     also: Annotated[
         list[str] | None,
@@ -86,6 +112,7 @@ def command(
         raise KVStrataError(f"lockstep needs a device and one prompt; got {device} and {len(prompts)}")
     if policy not in POLICIES:
         raise KVStrataError(f"a policy is one of {', '.join(POLICIES)}; got {policy!r}")
+    _require_a_use(options, device, placement, policy, level)
     kept = LambdaWindow(sinks, window) if policy == "lambda" else None
     check_build(level if device is None else "exact", weights, kv, kept)
     if device is not None:

@@ -46,6 +46,18 @@ def test_makefile_help_lists_every_verb():
         (["generate", "--prompt", " "], "a prompt has at least one character that is not a space"),
         (["generate", "--prompt", "x", "--model", "missing.gguf"], "existing file, got missing.gguf"),
         (["generate", "--prompt", "x", "--policy", "gpu"], "a policy is one of dense, lambda; got 'gpu'"),
+        (
+            ["generate", "--prompt", "x", "--placement", "csd"],
+            "--placement is of a device; got it without --device",
+        ),
+        (
+            ["generate", "--prompt", "x", "--device", "golden", "--window", "9"],
+            "--window is of policy lambda or placement engine+csd; got dense, engine",
+        ),
+        (
+            ["generate", "--prompt", "x", "--device", "golden", "--level", "float"],
+            "a device computes at level exact; got float",
+        ),
         (["synth", "--family", "ecp6"], "a family is one of xcup, xc7"),
         (["bench", "nothing"], "a benchmark area is one of"),
     ],

@@ -18,6 +18,8 @@ from golden.spec.memory import MemoryModel
 from hw.engine.compose import compose
 from hw.flow.verilator import build_harness
 from hw.flow.verilog import emit
+from sw_stack.compile.decoder import compile_model
+from sw_stack.compile.program import step_registers
 from sw_stack.device.rtl import RtlDevice
 from sw_stack.pack.stream import pack_matrix
 from sw_stack.report.resources import ENGINES
@@ -83,6 +85,8 @@ def mac_fraction(name: str) -> float:
 
 BALANCED = replace(SMALL, name="balanced", lanes_per_channel=4)
 """`small` with as many lanes as its channels feed with W4: a word of weights per channel and cycle."""
+PROMPT = 8
+"""Tokens of a prefill pass that the balanced engine's buffers hold for the simulated layer."""
 BARE_ROWS, BARE_INNER, BARE_CYCLES = 16, 64, 200_000
 BARE_SHARE = 150 / 440
 """The target against what the bare array does where the target was set, in million MAC/s each."""
@@ -128,34 +132,47 @@ def bare_rate() -> float:
     return BARE_CYCLES * BARE_ROWS * BARE_INNER / (_children_s() - before)
 
 
-def layer_rate(layer: Layer, config: EngineConfig) -> float:
-    """MAC per second of processor time of a whole engine with its memories, a decode step of `layer`."""
-    engine_program(config)
-    before = _children_s()
+def layer_rate(layer: Layer, prompt: int, answer: int) -> float:
+    """MAC per second of processor time of a whole engine with its memories: a decoder layer over a cache that is
+    nearly full, one pass of `prompt` tokens if there are any, then `answer` decode steps."""
+    memory_map = layer.map
+    programs = compile_model(memory_map, layer.image.norm_exponents, max(prompt, 1)).programs
+    start = memory_map.context - prompt - answer
+    passes = [("prefill", start, prompt)] if prompt else []
+    passes += [("decode", start + prompt + n, 1) for n in range(answer)]
+    engine_program(memory_map.engine)
+    steps, before = 0, _children_s()
     device = RtlDevice(layer.image)
-    _, run = layer.step(device, random_hidden(layer.map.model))
+    for name, slot, tokens in passes:
+        device.write_aux(programs[name].base, programs[name].encoded())
+        hidden = np.stack([random_hidden(memory_map.model, slot + n) for n in range(tokens)])
+        device.write_aux(memory_map.regions["input"].at(0), hidden.astype("<i4").view(np.uint8).ravel())
+        registers = {int(r): v for r, v in step_registers(memory_map, slot, tokens).items()}
+        steps += device.run(programs[name].word, registers).counters["array_steps"]
     device.close()
-    return run.counters["array_steps"] * config.macs_per_cycle / (_children_s() - before)
+    return steps * memory_map.engine.macs_per_cycle / (_children_s() - before)
 
 
-def verilated_rows(runs: int = 8) -> list[dict[str, Any]]:
-    """A wide W4 decoder layer simulated, and the same beside the bare array, which says how fast the machine is.
+def verilated_rows(runs: int = 6) -> list[dict[str, Any]]:
+    """A wide W4 decoder layer simulated: as many tokens in a prefill pass as in decode steps, and decode alone; the
+    same beside the bare array, which says how fast the machine is.
 
     The best of some runs of each in alternation, since other work on the machine can only lengthen one.
     """
     shape = replace(llama_2_7b(context=256), hidden=2048, heads=16, kv_heads=16, ffn=4096)
-    rates: dict[str, list[float]] = {"balanced": [], "small": [], "bare": []}
+    both, decode, small, bare = list[float](), list[float](), list[float](), list[float]()
     with tempfile.TemporaryDirectory() as folder:
-        layers = [(c, random_layer(Path(folder) / c.name, shape, c, "w4")) for c in (BALANCED, SMALL)]
+        wide, narrow = (random_layer(Path(folder) / c.name, shape, c, "w4") for c in (BALANCED, SMALL))
         for _ in range(runs):
-            for config, layer in layers:
-                rates[config.name].append(layer_rate(layer, config))
-            rates["bare"].append(bare_rate())
-    balanced, small, bare = (max(found) for found in rates.values())
+            both.append(layer_rate(wide, PROMPT, PROMPT))
+            decode.append(layer_rate(wide, 0, 1))
+            small.append(layer_rate(narrow, 0, 1))
+            bare.append(bare_rate())
     return [
-        _row("engine.verilated.mac_per_s", balanced, "MAC/s", 150e6, "higher"),
-        _row("engine.verilated.mac_per_s.small", small, "MAC/s", 150e6, "higher"),
-        _row("engine.verilated.bare_array_share.small", small / bare, "1", BARE_SHARE, "higher"),
+        _row("engine.verilated.mac_per_s", max(both), "MAC/s", 150e6, "higher"),
+        _row("engine.verilated.mac_per_s.decode", max(decode), "MAC/s", 150e6, "higher"),
+        _row("engine.verilated.mac_per_s.decode.small", max(small), "MAC/s", 150e6, "higher"),
+        _row("engine.verilated.bare_array_share", max(both) / max(bare), "1", BARE_SHARE, "higher"),
     ]
 
 

@@ -49,7 +49,7 @@ class Layer:
     @property
     def registers(self) -> dict[int, int]:
         """Of the decode step that fills the context."""
-        return _registers(self.map)
+        return _registers(self.map, self.map.context - 1)
 
     @property
     def channel_words(self) -> int:
@@ -58,17 +58,21 @@ class Layer:
 
     def step(self, device: EngineDevice, hidden: np.ndarray) -> tuple[np.ndarray, RunResult]:
         """One token with the residual stream int32 Q16 [hidden] in and out."""
-        program = self.programs.programs["decode"]
-        device.write_aux(program.base, program.encoded())
-        device.write_aux(self.map.regions["input"].at(0), hidden.astype("<i4").view(np.uint8))
-        result = device.run(program.word, self.registers)
+        result = self.run(device, "decode", self.map.context - 1, hidden[None])
         return np.asarray(device.read_vb(0, self.map.model.hidden)), result
+
+    def run(self, device: EngineDevice, name: str, slot: int, hidden: np.ndarray) -> RunResult:
+        """Program `name`, `decode` or `prefill`, over the tokens from `slot` on: int32 Q16 [tokens, hidden]."""
+        program = self.programs.programs[name]
+        device.write_aux(program.base, program.encoded())
+        device.write_aux(self.map.regions["input"].at(0), hidden.astype("<i4").view(np.uint8).ravel())
+        return device.run(program.word, _registers(self.map, slot, len(hidden)))
 
 
 def random_layer(
-    folder: Path, model: DecoderConfig, engine: EngineConfig, weights: str, seed: int = 1
+    folder: Path, model: DecoderConfig, engine: EngineConfig, weights: str, seed: int = 1, chunk: int = 1
 ) -> Layer:
-    """Draw, pack and compile; KV4, the model's whole context in use."""
+    """Draw, pack and compile, with a prefill of `chunk` tokens if several; KV4, the model's whole context in use."""
     rng = np.random.default_rng(seed)
     memory_map = MemoryMap(model, engine, weights, "kv4", model.context)
 
@@ -79,7 +83,7 @@ def random_layer(
 
     image = pack_model(folder, memory_map, draw, lambda _: torch.ones(model.hidden), "0" * 64)
     _fill_cache(image, rng)
-    return Layer(image, compile_model(memory_map, image.norm_exponents, 1))
+    return Layer(image, compile_model(memory_map, image.norm_exponents, chunk))
 
 
 def random_hidden(model: DecoderConfig, seed: int = 2) -> np.ndarray:
@@ -133,8 +137,8 @@ def loaded_words(program: Program, registers: dict[int, int]) -> int:
     return total
 
 
-def _registers(memory_map: MemoryMap) -> dict[int, int]:
-    return {int(r): v for r, v in step_registers(memory_map, memory_map.context - 1, 1).items()}
+def _registers(memory_map: MemoryMap, slot: int, tokens: int = 1) -> dict[int, int]:
+    return {int(r): v for r, v in step_registers(memory_map, slot, tokens).items()}
 
 
 @dataclass(frozen=True)
@@ -161,7 +165,7 @@ def predict(
             DecoderConfig(**{**vars(model), "layers": layers}), engine, weights, "kv4", model.context
         )
         programs = compile_model(memory_map, ((0, 1 << 20),) * (2 * layers + 1), 1)
-        registers = _registers(memory_map)
+        registers = _registers(memory_map, memory_map.context - 1)
         decode = programs.programs["decode"]
         cycles.append(schedule(decode, engine, registers, timing).cycles)
         words.append(loaded_words(decode, registers))

@@ -18,8 +18,6 @@ from golden.spec.memory import MemoryModel
 from hw.engine.compose import compose
 from hw.flow.verilator import build_harness
 from hw.flow.verilog import emit
-from sw_stack.compile.decoder import compile_model
-from sw_stack.compile.program import step_registers
 from sw_stack.device.rtl import RtlDevice
 from sw_stack.pack.stream import pack_matrix
 from sw_stack.report.resources import ENGINES
@@ -135,22 +133,18 @@ def bare_rate() -> float:
 def layer_rate(layer: Layer, prompt: int, answer: int) -> float:
     """MAC per second of processor time of a whole engine with its memories: a decoder layer over a cache that is
     nearly full, one pass of `prompt` tokens if there are any, then `answer` decode steps."""
-    memory_map = layer.map
-    programs = compile_model(memory_map, layer.image.norm_exponents, max(prompt, 1)).programs
-    start = memory_map.context - prompt - answer
+    model, engine = layer.map.model, layer.map.engine
+    start = model.context - prompt - answer
     passes = [("prefill", start, prompt)] if prompt else []
     passes += [("decode", start + prompt + n, 1) for n in range(answer)]
-    engine_program(memory_map.engine)
+    engine_program(engine)
     steps, before = 0, _children_s()
     device = RtlDevice(layer.image)
     for name, slot, tokens in passes:
-        device.write_aux(programs[name].base, programs[name].encoded())
-        hidden = np.stack([random_hidden(memory_map.model, slot + n) for n in range(tokens)])
-        device.write_aux(memory_map.regions["input"].at(0), hidden.astype("<i4").view(np.uint8).ravel())
-        registers = {int(r): v for r, v in step_registers(memory_map, slot, tokens).items()}
-        steps += device.run(programs[name].word, registers).counters["array_steps"]
+        hidden = np.stack([random_hidden(model, slot + n) for n in range(tokens)])
+        steps += layer.run(device, name, slot, hidden).counters["array_steps"]
     device.close()
-    return steps * memory_map.engine.macs_per_cycle / (_children_s() - before)
+    return steps * engine.macs_per_cycle / (_children_s() - before)
 
 
 def verilated_rows(runs: int = 6) -> list[dict[str, Any]]:
@@ -162,7 +156,10 @@ def verilated_rows(runs: int = 6) -> list[dict[str, Any]]:
     shape = replace(llama_2_7b(context=256), hidden=2048, heads=16, kv_heads=16, ffn=4096)
     both, decode, small, bare = list[float](), list[float](), list[float](), list[float]()
     with tempfile.TemporaryDirectory() as folder:
-        wide, narrow = (random_layer(Path(folder) / c.name, shape, c, "w4") for c in (BALANCED, SMALL))
+        wide, narrow = (
+            random_layer(Path(folder) / c.name, shape, c, "w4", chunk=chunk)
+            for c, chunk in ((BALANCED, PROMPT), (SMALL, 1))
+        )
         for _ in range(runs):
             both.append(layer_rate(wide, PROMPT, PROMPT))
             decode.append(layer_rate(wide, 0, 1))
